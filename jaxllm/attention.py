@@ -1,0 +1,157 @@
+"""Causal attention with grouped queries, an optional sliding window and optional sinks.
+
+A sink is one learned logit per query head that takes part in the softmax and adds no value (MiMo-V2-Flash report,
+arXiv 2601.02780, eq. 1-4). Softmax is in float32 with the running maximum of FlashAttention (arXiv 2205.14135), so keys
+can be visited block by block and no T x S matrix of a long context ever exists.
+"""
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.axes import spec
+from jaxllm.cache import LayerCache, previous, slot_positions, write
+from jaxllm.config import LayerSpec
+from jaxllm.linear import einsum, param
+from jaxllm.rope import apply_rope
+
+KEY_BLOCK = 1024        # keys per visit where there are more: bounds the scores to B*N*T*1024 float32
+QUERY_BLOCK = 128       # queries per visit in a sliding layer: each block sees its own keys and window - 1 before them
+NO_PEAK = -1e30         # a finite floor for the maximum: where nothing is seen the output is zero, not NaN
+
+
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
+           window: int | None, sink_N: jax.Array | None) -> jax.Array:
+    """Attention output [B, T, N, V] in q's dtype.
+
+    A query at position p sees the keys at positions p - window + 1 .. p, or 0 .. p if `window` is None; a negative key
+    position means an empty slot. Query head n reads kv head n // (N/K); keys are not repeated.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, S, V = v_BKSV.shape[1:]
+    batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
+    q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=P(batch, None, heads, None, None))
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    zero_BKGT = jnp.zeros_like(q_BKGTH[..., 0], jnp.float32)
+    if sink_N is None:
+        peak, total = zero_BKGT + NO_PEAK, zero_BKGT
+    else:
+        sink_KG = jax.lax.reshape(sink_N, (K, N // K), out_sharding=P(heads, None))
+        peak, total = zero_BKGT + sink_KG[None, :, :, None], zero_BKGT + 1.0
+
+    def visit(first: jax.Array | int, size: int, state: tuple) -> tuple:
+        """Softmax state (maximum, sum, weighted values) after the keys first .. first + size - 1, cut at S."""
+        peak, total, out_BKGTV = state
+        start = jnp.minimum(first, S - size) if size < S else 0
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) if size < S else x for x in (k_BKSH, v_BKSV))
+        k_pos = jax.lax.dynamic_slice_in_dim(k_pos_BS, start, size, 1) if size < S else k_pos_BS
+        behind_BTS = q_pos_BT[:, :, None] - k_pos[:, None, :]
+        seen_BTS = (behind_BTS >= 0) & (k_pos >= 0)[:, None, :]
+        if window is not None:
+            seen_BTS &= behind_BTS < window
+        if size < S:    # the last block is moved back to fit; what it has in common with the one before counts once
+            seen_BTS &= (start + jnp.arange(size, dtype=jnp.int32) >= first)[None, None, :]
+        scores = einsum("bkgth,bksh->bkgts", q_BKGTH, k) * (1 / math.sqrt(H))
+        scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(-1))
+        weights = jnp.exp(scores - new_peak[..., None])
+        keep = jnp.exp(peak - new_peak)
+        values = einsum("bkgts,bksv->bkgtv", weights.astype(v.dtype), v)
+        values = values if out_BKGTV is None else out_BKGTV * keep[..., None] + values
+        return new_peak, total * keep + weights.sum(-1), values
+
+    if S <= KEY_BLOCK:
+        _, total, out = visit(0, S, (peak, total, None))
+    else:
+        num = jnp.max(q_pos_BT) // KEY_BLOCK + 1 if window is None else -(-S // KEY_BLOCK)
+        num = jnp.minimum(num, -(-S // KEY_BLOCK))
+        out = jnp.zeros_like(peak, shape=(*peak.shape, V), out_sharding=P(batch, heads, None, None, None))
+        _, total, out = jax.lax.fori_loop(0, num, lambda i, state: visit(i * KEY_BLOCK, KEY_BLOCK, state),
+                                          (peak, total, out))
+    out_BKGTV = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    return jax.lax.reshape(out_BKGTV.transpose(0, 3, 1, 2, 4), (B, T, N, V),
+                           out_sharding=P(batch, None, heads, None)).astype(q_BTNH.dtype)
+
+
+def attend_sliding(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,
+                   sink_N: jax.Array | None) -> jax.Array:
+    """As `attend`, for T queries at positions start_B + (0..T-1) and the window - 1 + T keys that end with theirs.
+
+    Queries go in blocks, each with only the keys that its window can reach: work grows with T * window, not T * T.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    block = max(window, QUERY_BLOCK)
+    reach = window - 1
+    first_pos_B = start_B - reach
+    if T <= block:
+        q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        k_pos = first_pos_B[:, None] + jnp.arange(T + reach, dtype=jnp.int32)[None]
+        return attend(q_BTNH, k_BKSH, v_BKSV, q_pos, k_pos, window, sink_N)
+    num = -(-T // block)
+    pad = num * block - T
+    q_BTNH, k_BKSH, v_BKSV = (jnp.pad(x, [(0, pad if dim == at else 0) for dim in range(4)])
+                              for x, at in ((q_BTNH, 1), (k_BKSH, 2), (v_BKSV, 2)))
+
+    def one(i: jax.Array) -> jax.Array:
+        q = jax.lax.dynamic_slice_in_dim(q_BTNH, i * block, block, 1)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, block + reach, 2) for x in (k_BKSH, v_BKSV))
+        return attend_sliding(q, k, v, start_B + i * block, window, sink_N)
+
+    out = jax.lax.map(one, jnp.arange(num, dtype=jnp.int32))       # [num, B, block, N, V]
+    batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
+    out = jax.lax.reshape(out.transpose(1, 0, 2, 3, 4), (B, num * block, N, v_BKSV.shape[-1]),
+                          out_sharding=P(batch, None, heads, None))
+    return out[:, :T]
+
+
+class Attention(nnx.Module):
+    """One layer's attention. `layer.num_kv_heads` counts kv heads as stored: repeated up to the tensor degree."""
+
+    def __init__(self, D: int, layer: LayerSpec, value_scale: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        N, K, H, V = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim
+        self.layer, self.value_scale = layer, value_scale
+        self.q_DNH = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), dtype)
+        self.k_DKH = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), dtype)
+        self.v_DKV = param(rngs, (D, K, V), ("embed", "kv_heads", "head_dim"), dtype)
+        self.o_NVD = param(rngs, (N, V, D), ("heads", "head_dim", "embed"), dtype)
+        self.sink_N = param(rngs, (N,), ("heads",), jnp.float32) if layer.has_sinks else None
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], start_B: jax.Array, end_B: jax.Array,
+                 cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        """Output [B, T, D] and the cache with these tokens in it; `rope` holds their angles."""
+        dtype = x_BTD.dtype
+        q = apply_rope(einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...]).astype(dtype), *rope)
+        k = apply_rope(einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...]).astype(dtype), *rope)
+        v = einsum("btd,dkv->btkv", x_BTD, self.v_DKV[...]).astype(dtype) * jnp.asarray(self.value_scale, dtype)
+        sink = None if self.sink_N is None else self.sink_N[...]
+        out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink)
+        return einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, None)).astype(dtype), cache
+
+
+def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array,
+                  cache: LayerCache | None, window: int | None, sink_N: jax.Array | None
+                  ) -> tuple[jax.Array, LayerCache | None]:
+    """Attention of T new tokens to themselves and to the cache, and the cache with them in it.
+
+    They stand at positions start_B + (0..T-1), those at or past end_B being padding; without a cache start_B is 0.
+    """
+    T = q_BTNH.shape[1]
+    new = None if cache is None else write(cache, k_BTKH, v_BTKV, start_B, end_B)
+    q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    if new is not None:
+        slots = new.k_BKSH.shape[2]
+        if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
+            k_pos = slot_positions(end_B, slots)                            # all that can be seen is in the slots
+            return attend(q_BTNH, new.k_BKSH, new.v_BKSV, q_pos, k_pos, window, sink_N), new
+    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKV.transpose(0, 2, 1, 3)
+    if window is None:
+        return attend(q_BTNH, k, v, q_pos, q_pos, None, sink_N), new
+    if cache is None:
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (window - 1, 0), (0, 0))) for x in (k, v))
+    else:
+        old = previous(cache, start_B, window - 1)
+        k, v = jnp.concatenate([old.k_BKSH, k], 2), jnp.concatenate([old.v_BKSV, v], 2)
+    return attend_sliding(q_BTNH, k, v, start_B, window, sink_N), new

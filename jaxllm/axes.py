@@ -1,0 +1,109 @@
+"""Names: the letters of array dims, the logical axes of parameters and activations, and the mesh axes they map onto.
+
+Letters, one meaning in the whole package, upper case for a logical size and lower case for this device's share:
+B batch, T tokens in this call, S cache slots, D model, N query heads, K kv heads, G = N/K, H qk head dim, V value head
+dim, F dense hidden, E experts, A experts per token, I expert hidden, M = B*T flat tokens, R = M*A routed rows,
+W vocabulary, L layers. "axis" is a mesh axis, "dim" an array dimension.
+
+The mesh always has the three axes `data` (batch), `expert` (experts) and `tensor` (heads and hidden dims). The
+vocabulary and the dense hidden dim are large and belong to no head and no expert, so they use both of the latter.
+"""
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "expert", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": "data",
+    "vocab": ("expert", "tensor"),
+    "embed": None,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": ("expert", "tensor"),
+    "experts": "expert",
+    "moe_mlp": "tensor",
+}
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dims have these logical names (None: not split)."""
+    return PartitionSpec(*(RULES[name] for name in names))
+
+
+def parse_mesh(text: str | Mapping[str, int] | None) -> dict[str, int]:
+    """Sizes of the three mesh axes from "data=2,tensor=4", a mapping, or None (all 1); absent axes are 1."""
+    if text is None:
+        sizes: dict[str, int] = {}
+    elif isinstance(text, Mapping):
+        sizes = dict(text)
+    else:
+        sizes = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, _, size = part.partition("=")
+            if name in sizes:
+                raise ValueError(f"mesh {text!r}: axis {name!r} is given twice")
+            if not size.isdecimal():
+                raise ValueError(f"mesh {text!r}: {part!r} is not axis=size, as in \"data=2,expert=2,tensor=2\"")
+            sizes[name] = int(size)
+    for name, value in sizes.items():
+        if name not in MESH_AXES:
+            raise ValueError(f"mesh {text!r}: unknown axis {name!r}; the axes are {', '.join(MESH_AXES)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"mesh {text!r}: axis {name!r} has size {value!r}; it must be a positive whole number")
+    return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def make_mesh(mesh: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An explicit mesh (`data`, `expert`, `tensor`) over the first devices; ValueError when there are too few.
+
+    `mesh` is "data=2,expert=2,tensor=2", a mapping, or None for one device; `devices` defaults to all of this job.
+    """
+    sizes = parse_mesh(mesh)
+    devices = jax.devices() if devices is None else devices
+    num = math.prod(sizes.values())
+    if num > len(devices):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"the mesh {shape} needs {num} devices, but there are {len(devices)} "
+                         f"({devices[0].platform}); make it smaller, or on CPU set "
+                         f"XLA_FLAGS=--xla_force_host_platform_device_count={num} before JAX starts")
+    if num < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"the mesh has {num} devices, but this job's {jax.process_count()} processes have "
+                         f"{len(devices)}: every process must take part, so their product must be {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 3,
+                         devices=devices[:num])
+
+
+def make_abstract_mesh(mesh: str | Mapping[str, int] | None = None) -> AbstractMesh:
+    """The same mesh without devices: shapes, shardings and bytes for machines that are not here."""
+    sizes = parse_mesh(mesh)
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def mesh_axes(name: str | None) -> tuple[str, ...]:
+    """The mesh axes that split a dim with this logical name."""
+    axes = RULES[name]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def degree(mesh: Mesh | AbstractMesh, name: str | None) -> int:
+    """Into how many parts the mesh splits a dim with this logical name."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def shard_shape(array: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Shape of one device's share of a sharded array, abstract or real."""
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding)
+    sizes = sharding.mesh.shape
+
+    def parts(entry: object) -> int:
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        return math.prod(sizes[axis] for axis in axes)  # type: ignore[union-attr]
+
+    entries = tuple(sharding.spec) + (None,) * (len(array.shape) - len(sharding.spec))
+    return tuple(size // parts(entry) for size, entry in zip(array.shape, entries, strict=True))

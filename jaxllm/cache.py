@@ -1,0 +1,83 @@
+"""Keys and values of the tokens so far: a growing array in full layers, a ring of fixed size in sliding ones.
+
+Token at position p lies in slot p mod S. A full layer's S is the stated length, so nothing wraps. A sliding layer's S is
+`window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context. Which
+position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken back
+(a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every window.
+K is stored at its width H and V at its own, V.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.axes import spec
+from jaxllm.config import Config, LayerSpec
+
+KV_AXES = ("batch", "kv_heads", None, "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's slots. The S dim is not split."""
+    k_BKSH: jax.Array
+    v_BKSV: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All layers' slots, and how many tokens of each row they hold (int32)."""
+    layers: tuple[LayerCache, ...]
+    length_B: jax.Array
+
+
+def num_slots(layer: LayerSpec, max_len: int, in_flight: int = 1) -> int:
+    """S of one layer for rows of up to `max_len` tokens, of which up to `in_flight` are written by one decode step."""
+    return max_len if layer.window is None else min(max_len, layer.window + in_flight - 1)
+
+
+def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flight: int = 1, tensor: int = 1) -> int:
+    """Bytes of all layers' slots over all devices, in closed form; kv heads are repeated up to the tensor degree."""
+    return sum(batch * max(layer.num_kv_heads, tensor) * num_slots(layer, max_len, in_flight)
+               * (layer.head_dim + layer.v_head_dim) * itemsize for layer in config.layers)
+
+
+def empty_layer(layer: LayerSpec, batch: int, max_len: int, in_flight: int, dtype: jnp.dtype) -> LayerCache:
+    """An empty LayerCache, on the mesh in context. `layer.num_kv_heads` counts repeated heads too."""
+    shape = (batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight))
+    k, v = (jnp.zeros((*shape, width), dtype, out_sharding=spec(*KV_AXES))
+            for width in (layer.head_dim, layer.v_head_dim))
+    return LayerCache(k, v)
+
+
+def slot_positions(length_B: jax.Array, num: int) -> jax.Array:
+    """[B, num]: the newest position below length_B that each slot can hold; negative where the slot is empty."""
+    newest = length_B[:, None] - 1
+    return newest - (newest - jnp.arange(num, dtype=jnp.int32)[None, :]) % num
+
+
+def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array) -> LayerCache:
+    """The cache after tokens at positions start_B + (0..T-1), of which those at or past end_B are padding.
+
+    Of more tokens than slots only the newest are written.
+    """
+    num = cache.k_BKSH.shape[2]
+    position_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)[None, :]
+    kept = (position_BT < end_B[:, None]) & (position_BT >= end_B[:, None] - num)
+    slot_BT = jnp.where(kept, position_BT % num, num)              # slot `num` does not exist: dropped
+    row_B1 = jnp.arange(slot_BT.shape[0], dtype=jnp.int32)[:, None]
+
+    def put(into: jax.Array, new: jax.Array) -> jax.Array:
+        return into.at[row_B1, :, slot_BT].set(new, mode="drop", out_sharding=jax.typeof(into).sharding.spec)
+
+    return LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSV, v_BTKV))
+
+
+def previous(cache: LayerCache, start_B: jax.Array, num: int) -> LayerCache:
+    """The last `num` positions before start_B in order of position, [B, K, num, *]; arbitrary where negative."""
+    slots = cache.k_BKSH.shape[2]
+    position = start_B[:, None] - num + jnp.arange(num, dtype=jnp.int32)[None, :]
+    slot = (position % slots)[:, None, :, None]
+    return LayerCache(*(jnp.take_along_axis(x, slot, axis=2) for x in (cache.k_BKSH, cache.v_BKSV)))
