@@ -1,7 +1,7 @@
-"""Our logits and greedy text against those of transformers 5.24, stored in tests/golden (its README says how they were made).
+"""Our logits and greedy text against those of transformers 5.24, stored in tests/golden (its README says how).
 
-The other two implementations there differ from transformers by up to 2.3e-5 on the random models: float32 sums taken in another order, through
-6 to 8 layers, at logits of standard deviation 2.
+The other two implementations there differ from transformers by up to 2.3e-5 on the random models: float32 sums taken in
+another order, through 6 to 8 layers, at logits of standard deviation 2.
 """
 import json
 import shutil
@@ -39,15 +39,15 @@ def logits(folder, tokens_BT):
 
 def test_every_case_is_there():
     assert RANDOM_MODELS == [
-        "all_full", "dense", "flash", "flash_other_window", "full_sinks", "groups", "larger", "mixed_heads", "no_sinks", "one_group", "plain_weights",
-        "pro", "scaled", "tied", "window_of_one"]
+        "all_full", "dense", "flash", "flash_other_window", "full_sinks", "groups", "larger", "mixed_heads", "no_sinks",
+        "one_group", "plain_weights", "pro", "scaled", "tied", "window_of_one"]
 
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_logits(name, tmp_path):
     arrays = golden(name)
     write_model(tmp_path, arrays)
-    assert weights_digest(tmp_path) == str(arrays["weights_sha256"]), "hub_maker no longer makes the weights of the golden arrays"
+    assert weights_digest(tmp_path) == str(arrays["weights_sha256"]), "hub_maker no longer makes these weights"
     expected_BTW = arrays["logits_BTW"]
     assert abs(expected_BTW.std() - 2) < 0.2      # the tolerance means nothing without the scale
     ours_BTW = logits(tmp_path, arrays["tokens_BT"])
@@ -80,7 +80,7 @@ def test_the_two_readings_of_the_window_differ():
 
 
 def check_nano(folder, arrays):
-    assert weights_digest(folder) == str(arrays["weights_sha256"]), "configs/mimo-nano is not the model of the golden arrays"
+    assert weights_digest(folder) == str(arrays["weights_sha256"]), "another mimo-nano: run tools/make_golden.py"
     ours_BTW = logits(folder, arrays["tokens_BT"])
     top_BTA = np.take_along_axis(ours_BTW, arrays["top_tokens_BTA"].astype(int), axis=-1)
     np.testing.assert_allclose(top_BTA, arrays["top_logits_BTA"], rtol=0, atol=NANO_TOLERANCE)
@@ -101,7 +101,7 @@ def test_nano_logits_with_the_other_window(tmp_path):
 
 
 def test_nano_writes_the_same_text():
-    """Seven languages and a prompt longer than the window; the closest call among the 512 choices is decided by 2.4e-3."""
+    """Seven languages and a prompt longer than the window; the closest of the 512 choices is decided by 2.4e-3."""
     arrays = golden("nano_greedy")
     texts, prompts = json.loads((GOLDEN / "texts.json").read_text())["write"], json.loads(str(arrays["prompts"]))
     model = jaxllm.load(NANO, dtype="float32")

@@ -171,7 +171,8 @@ class Mlx:
     def greedy(self, prompts_BT: np.ndarray, num_new: int) -> Greedy:
         mx, cache = self.mx, self.model.make_cache()
         start = time.perf_counter()
-        tokens = [mx.argmax(self.model(mx.array(prompts_BT), cache)[:, -1], axis=-1)]
+        hidden_BTD = self.model.model(mx.array(prompts_BT), cache)
+        tokens = [mx.argmax(self.model.lm_head(hidden_BTD[:, -1]), axis=-1)]
         mx.eval(tokens[-1])
         first = time.perf_counter()
         for _ in range(num_new - 1):

@@ -83,4 +83,4 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def count_nonfinite(array: np.ndarray) -> int:
     """How many elements of a float32, float16 or bfloat16 array are NaN or Inf: the exponent bits are all ones."""
     unsigned, mask = EXPONENT[array.dtype]     # four times as fast as np.isfinite on bfloat16
-    return int(np.count_nonzero((array.view(unsigned) & mask) == mask))
+    return int(np.count_nonzero(np.bitwise_and(array.view(unsigned), mask) == mask))

@@ -1,20 +1,45 @@
-"""Parameters from a source onto devices: each process reads the slices of its own devices, one slice at a time.
+"""Opening a checkpoint of either kind, and bringing its parameters onto devices.
 
-`jax.make_array_from_callback` would do, but it asks for the slices of all local devices before it hands over the first,
-and once for each device that holds the same slice. Here a slice is read once, placed on its devices and dropped.
+Each process reads the slices of its own devices. `jax.make_array_from_callback` would do, but it wants the slices of
+all local devices before it hands over the first, and asks again for each device that holds the same one. Here a slice
+is read once, placed on its devices and dropped.
 """
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxllm.checkpoint.atomic import MARKER, SUFFIX, work_folder
 from jaxllm.checkpoint.blocks import EXPONENT, Index, aligned_empty, bounds, cut_shape, relative
 from jaxllm.checkpoint.errors import CheckpointError, listed
+from jaxllm.checkpoint.hub import INDEX, SINGLE
+from jaxllm.checkpoint.hubsource import HubSource
 from jaxllm.checkpoint.source import Source, Tally, read_blocks
+from jaxllm.checkpoint.store import PARAMS, StoreSource
 
 KV = ("attention.k_DKH", "attention.v_DKV")      # may be wanted with each head repeated along K
 K_DIM = 1
 Bounds = tuple[tuple[int, int], ...]
+
+
+def open_source(folder: str | os.PathLike[str]) -> Source:
+    """The parameters of a hub folder, or of one that `convert` wrote. Errors: CheckpointError, ConfigError."""
+    folder = Path(folder)
+    unfinished = work_folder(folder.resolve())
+    if (folder / MARKER).exists():
+        raise CheckpointError(f"{folder} is a conversion that is not finished: run jaxllm convert again into "
+                              f"{str(folder).removesuffix(SUFFIX)}")
+    if (folder / PARAMS).is_dir():
+        return StoreSource(folder)
+    if folder.is_dir() and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists()):
+        return HubSource(folder)
+    if unfinished.exists():
+        raise CheckpointError(f"{folder} is not there: its conversion is running or was interrupted, and is in "
+                              f"{unfinished}; if interrupted, run jaxllm convert again")
+    raise CheckpointError(f"{folder} holds no model: expected a hub folder ({SINGLE}, or {INDEX} and its shards) or "
+                          "one that jaxllm convert wrote")
 
 
 def load_arrays(source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

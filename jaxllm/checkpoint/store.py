@@ -39,19 +39,21 @@ class Leaf:
     async def write(self, folder: str, context: ts.Context) -> None:
         """Write the array into `folder`, holding two blocks at a time."""
         array = await ts.open(self._spec(folder), create=True, context=context)
-        tally, pending = Tally(), None
+        tally, writing = Tally(), list[ts.WriteFutures]()
         whole = tuple(slice(0, size) for size in self.shape)
         for block, values in read_blocks(self.source, self.path, whole, self.dtype, tally):
-            if pending is not None:
-                await pending
-            pending = array[block].write(values, can_reference_source_data_indefinitely=True)
+            while writing:
+                await writing.pop()
+            writing.append(array[block].write(values, can_reference_source_data_indefinitely=True))
             self.done(values.nbytes)
-        await pending
+        await writing.pop()
         tally.warn(self.source, self.path)
 
     def _spec(self, folder: str) -> dict[str, Any]:
         return {
-            "driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}, "dtype": self.dtype.name,
+            # `atomic.new_folder` flushes all files once, at the end
+            "driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/", "file_io_sync": False},
+            "dtype": self.dtype.name,
             "metadata": {"shape": self.shape, "chunks": chunk_shape(self.path, self.shape, self.dtype.itemsize),
                          "compressor": None},
             "store_data_equal_to_fill_value": True,      # else a chunk of zeros looks like one that was lost

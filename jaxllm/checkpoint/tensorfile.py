@@ -157,7 +157,7 @@ def _read_rows(fd: int, file: Path, out: np.ndarray, start: int, stride: int) ->
 
 def _fill(fd: int, file: Path, out: np.ndarray, offset: int) -> None:
     """Read exactly out.nbytes bytes from `offset`; one call may return fewer than asked for."""
-    view = memoryview(out)
+    view = out.data
     while view:
         try:
             count = os.preadv(fd, [view], offset)

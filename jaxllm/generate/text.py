@@ -96,8 +96,8 @@ class Tokenizer:
         Raises ValueError for an id outside the (padded) vocabulary.
         """
         if not 0 <= token < self._padded_to:
-            raise ValueError(f"token id {token} is not in the vocabulary (0 to {self._padded_to - 1}) of "
-                             f"{self._folder}; for a larger embedding give padded_to=config.vocab_size to Tokenizer.from_dir")
+            raise ValueError(f"token id {token} is not in the vocabulary of {self._folder}: 0 to {self._padded_to - 1}"
+                             "; for a larger embedding give padded_to=config.vocab_size to Tokenizer.from_dir")
         if token >= self.vocabulary.size:
             return None
         return self.vocabulary.piece(token, at_start) if at_start else self._later_piece(token)

@@ -152,7 +152,7 @@ def _is_local(step: Mapping[str, Any]) -> bool:
 
 
 def _byte_level(content: str) -> bytes:
-    """The bytes behind a token of byte-level BPE, which spells each as one character; added tokens may be plain text."""
+    """The bytes behind a token of byte-level BPE, which spells each as one letter; added tokens may be plain text."""
     try:
         return bytes(_BYTE_OF_CHARACTER[character] for character in content)
     except KeyError:

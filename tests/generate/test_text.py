@@ -19,6 +19,7 @@ from tokenizers import decoders, models
 from jaxllm.generate.text import TextStream, Tokenizer, load_stop_ids
 
 NANO = Path(__file__).parents[2] / "configs" / "mimo-nano"
+NANO_LIBRARY = tokenizers.Tokenizer.from_file(str(NANO / "tokenizer.json"))
 TEXTS = {
     "zh": "打印机已经打开，请在菜单里选择“设置”。今天没有纸了！",
     "en": "The printer is on; open the menu, then choose \"Settings\". There's no paper left today.\n\n",
@@ -53,8 +54,8 @@ def pieces_folders(tmp_path_factory) -> dict[str, Path]:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter([TEXTS[key] for key in TEXTS if key != "emoji"] * 20), model_writer=file,
                 vocab_size=500, hard_vocab_limit=False, byte_fallback=True, character_coverage=0.98, num_threads=1,
-                control_symbols=["<|im_start|>", "<|im_end|>"], user_defined_symbols=["<think>", "▁▁"], minloglevel=3,
-                **options)
+                normalization_rule_name="identity", control_symbols=["<|im_start|>", "<|im_end|>"],
+                user_defined_symbols=["<think>", "▁▁"], minloglevel=3, **options)
     return folders
 
 
@@ -88,14 +89,9 @@ def chunks(items: list, sizes: list[int]) -> list[list]:
 @pytest.mark.parametrize("language", TEXTS)
 def test_round_trip(tokenizer, language):
     text = TEXTS[language]
-    tokens = tokenizer.encode(text)
-    whole = tokenizer.decode(tokens)
-    if tokenizer.vocabulary.strips_every_leading_space:      # that normaliser also trims and unifies (NFKC) what it reads
-        assert len(tokens) > 5 and "\ufffd" not in whole and whole.split()[-1][-1] == text.split()[-1][-1]
-    elif isinstance(tokenizer.vocabulary.special, set) and tokenizer.vocabulary.utf8_errors == "replace":
-        assert whole == text
-    else:
-        assert "\ufffd" not in whole and whole.casefold()[:2] == text.casefold()[:2]
+    if tokenizer.vocabulary.strips_every_leading_space:      # that rule also drops spaces elsewhere, when encoding
+        text = re.sub(" +", " ", text.strip(" "))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("rule", SPACE_RULES)
@@ -114,9 +110,8 @@ def test_random_tokens_as_tokenizers(nano, data):
     """Also where bytes are not UTF-8: the first 300 ids are nearly all single bytes."""
     limit = data.draw(st.sampled_from([300, nano.vocab_size]))
     tokens = data.draw(st.lists(st.integers(0, limit - 1), max_size=20))
-    library = tokenizers.Tokenizer.from_file(str(NANO / "tokenizer.json"))
     for skip in (True, False):
-        assert nano.decode(tokens, skip_special=skip) == library.decode(tokens, skip_special_tokens=skip)
+        assert nano.decode(tokens, skip_special=skip) == NANO_LIBRARY.decode(tokens, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("rule", SPACE_RULES)
@@ -179,7 +174,7 @@ def test_fallback_bytes_of_tokenizers(tmp_path):
 ])
 def test_decoder_that_cannot_stream(tmp_path, decoder):
     word_level(decoder).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: with the decoder .* cannot be streamed; supported: ByteLevel"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: with the decoder .* cannot be streamed; supported: Byte"):
         Tokenizer.from_dir(tmp_path)
 
 
@@ -274,7 +269,7 @@ def test_stream_of_any_text(nano, text, stops):
 @exactly
 @given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_held_text_is_exactly_what_could_become_a_stop_string(nano, text, stops):
-    """Few letters make many near misses. After each token, the longest end that begins a stop string is out, and no more."""
+    """Few letters make many near misses. After each token, only the longest end that begins a stop string is kept."""
     stream, tokens, out = TextStream(nano, stops), nano.encode(text), ""
     for i, token in enumerate(tokens):
         out += stream.push([token])
@@ -295,7 +290,7 @@ def test_no_piece_ends_inside_a_character(nano):
 
 
 def test_unfinished_character_at_the_end(tokenizer):
-    """One mark from byte-level BPE for the broken sequence, one for each byte from byte fallback, as the libraries do."""
+    """One mark from byte-level BPE for the broken sequence, one for each byte from byte fallback."""
     tokens = tokenizer.encode("x🙂")[:-1]
     pieces, _ = stream_pieces(tokenizer, chunks(tokens, [1]), [])
     assert pieces[-1] == "\ufffd" * (1 if tokenizer.vocabulary.utf8_errors == "replace" else 3)
@@ -331,7 +326,7 @@ def test_stop_string_completed_by_the_end(nano):
 
 
 def test_a_stream_keeps_little(tokenizer):
-    """The cost of a token cannot grow with the text where nothing of the text is kept: random bytes, a long stop string."""
+    """A token's cost cannot grow with the text where little of the text is kept: random bytes, a long stop string."""
     stream, dice = TextStream(tokenizer, ["ab" * 10]), random.Random(0)
     for _ in range(5000):
         stream.push([dice.randrange(tokenizer.vocab_size)])
@@ -366,12 +361,12 @@ def test_gap_in_the_ids(tmp_path):
 @pytest.mark.parametrize("token", [-1, 8192, 10**12])
 def test_id_out_of_range(nano, token):
     for call in (lambda: nano.decode([5, token]), lambda: TextStream(nano).push([token])):
-        with pytest.raises(ValueError, match=rf"token id {token} is not in the vocabulary .*padded_to=config.vocab_size"):
+        with pytest.raises(ValueError, match=rf"token id {token} is not in the vocabulary .*padded_to=config"):
             call()
 
 
 def test_tokenizer_larger_than_the_model():
-    with pytest.raises(ValueError, match=r"tokenizer\.json: holds token ids up to 8191, but the model's vocab_size is 64"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: holds token ids up to 8191, .* model's vocab_size is 64"):
         Tokenizer.from_dir(NANO, padded_to=64)
 
 

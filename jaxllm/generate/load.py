@@ -1,0 +1,62 @@
+"""From a folder to a `Model`: the module tree built abstractly, each parameter read into its place on the mesh."""
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from jaxllm.axes import make_mesh
+from jaxllm.checkpoint import load_arrays, open_source
+from jaxllm.config import Config
+from jaxllm.generate.compile_cache import use_compile_cache
+from jaxllm.generate.engine import Model
+from jaxllm.generate.text import Tokenizer, load_stop_ids
+from jaxllm.model import Transformer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None
+         ) -> Model:
+    """The model of a hub folder, or of one that `jaxllm convert` wrote, on a mesh; each device reads its own slices.
+
+    mesh: "data=2,expert=2,tensor=2", a mapping, a mesh of `make_mesh`, or None for one device.
+    dtype: what it computes in; by default float32 on CPU, the config's dtype elsewhere.
+    Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, the tensor or the axis.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: expected a hub folder, or one that jaxllm convert wrote")
+    config = Config.from_hub(folder)
+    mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+    if dtype is None:
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else config.dtype
+    if str(jnp.dtype(dtype)) not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
+    use_compile_cache()
+    abstract = abstract_model(config, mesh, jnp.dtype(dtype))
+    arrays = load_arrays(open_source(folder), parameters(abstract))
+    transformer = jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], abstract)
+    return Model(transformer, mesh, Tokenizer.from_dir(folder, config.vocab_size),
+                 load_stop_ids(folder, config.eos_token_ids))
+
+
+def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype) -> Transformer:
+    """The module tree with a ShapeDtypeStruct for each parameter, its sharding on `mesh` in it; allocates nothing."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
+        tree = jax.eval_shape(lambda: Transformer(config, mesh, dtype, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), tree)
+
+
+def parameters(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted path -> leaf of a module tree, abstract or real."""
+    return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+def parameter_path(path: tuple) -> str:
+    """The dotted path of a leaf, "layers.3.moe.gate_EDI", from its key path in the tree."""
+    names = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
+    return ".".join(name for name in names if name not in ("", "value"))
