@@ -82,7 +82,6 @@ def attend_sliding(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, star
     Queries go in blocks, each with only the keys that its window can reach: work grows with T * window, not T * T.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
     block = max(window, QUERY_BLOCK)
     reach = window - 1
     first_pos_B = start_B - reach

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "expert", "tensor")
 
@@ -93,17 +93,3 @@ def mesh_axes(name: str | None) -> tuple[str, ...]:
 def degree(mesh: Mesh | AbstractMesh, name: str | None) -> int:
     """Into how many parts the mesh splits a dim with this logical name."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
-
-
-def shard_shape(array: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """Shape of one device's share of a sharded array, abstract or real."""
-    sharding = array.sharding
-    assert isinstance(sharding, NamedSharding)
-    sizes = sharding.mesh.shape
-
-    def parts(entry: object) -> int:
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        return math.prod(sizes[axis] for axis in axes)  # type: ignore[union-attr]
-
-    entries = tuple(sharding.spec) + (None,) * (len(array.shape) - len(sharding.spec))
-    return tuple(size // parts(entry) for size, entry in zip(array.shape, entries, strict=True))

@@ -1,7 +1,7 @@
 """Keys and values of the tokens so far: a growing array in full layers, a ring of fixed size in sliding ones.
 
-Token at position p lies in slot p mod S. A full layer's S is the stated length, so nothing wraps. A sliding layer's S is
-`window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context. Which
+Token at position p lies in slot p mod S. A full layer's S is the stated length, so nothing wraps. A sliding layer's S
+is `window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context. Which
 position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken back
 (a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every window.
 K is stored at its width H and V at its own, V.

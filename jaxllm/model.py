@@ -100,7 +100,7 @@ def stored_layers(config: Config, mesh: Mesh | AbstractMesh) -> list[LayerSpec]:
 
 def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """ValueError naming dimension, size and mesh axes if some dim cannot be split over this mesh."""
-    split = [("vocab_size", config.vocab_size, "vocab")]
+    split: list[tuple[str, int | None, str]] = [("vocab_size", config.vocab_size, "vocab")]
     if not all(layer.is_moe for layer in config.layers):
         split.append(("intermediate_size", config.intermediate_size, "mlp"))
     if any(layer.is_moe for layer in config.layers):
@@ -111,10 +111,11 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
             split.append((f"{prefix}num_attention_heads", layer.num_heads, "heads"))
             K, tensor = layer.num_kv_heads, degree(mesh, "kv_heads")
             if math.gcd(K, tensor) != min(K, tensor):
-                raise ValueError(f"{prefix}num_key_value_heads = {K} does not fit mesh axis tensor = {tensor}: one must "
-                                 f"divide the other (heads are split, or repeated to fill the axis)")
+                raise ValueError(f"{prefix}num_key_value_heads = {K} does not fit mesh axis tensor = {tensor}: one "
+                                 f"must divide the other (heads are split, or repeated to fill the axis)")
     for key, size, name in dict.fromkeys(split):
         parts = degree(mesh, name)
+        assert size is not None
         if size % parts:
             axes = " x ".join(f"{axis} = {mesh.shape[axis]}" for axis in mesh_axes(name))
             raise ValueError(f"{key} = {size} cannot be split over mesh axis {axes}: choose a mesh that splits it into "

@@ -29,6 +29,7 @@ def route(scores_BTE: jax.Array, bias_E: jax.Array, config: Config) -> tuple[jax
         best = jax.lax.top_k(grouped, min(2, size))[0].sum(-1)
         kept = jax.nn.one_hot(jax.lax.top_k(best, config.topk_group)[1], config.n_group, dtype=jnp.bool).any(-2)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(B, T, E)
+    assert config.num_experts_per_tok is not None
     expert_BTA = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
     weight_BTA = jnp.take_along_axis(scores_BTE, expert_BTA, axis=-1)
     if config.norm_topk_prob:
@@ -126,6 +127,7 @@ def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array
 class MoE(nnx.Module):
     def __init__(self, config: Config, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+        assert E is not None and I is not None
         self.config = config
         self.router_DE = param(rngs, (D, E), ("embed", None), jnp.float32)
         self.bias_E = param(rngs, (E,), (None,), jnp.float32)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,6 @@ def load_peer(peer: str, model: str) -> Any:
     if peer == "llamacpp":
         from llamacpp import LlamaCpp
         return LlamaCpp(model)
-    # batched_mm gathers each token's experts: the fastest of transformers' ways here (eager 1.0, grouped_mm 1.0, batched_mm 1.0).
     return oracles.Transformers(model) if peer == "transformers" else oracles.Mlx(model)
 
 
@@ -41,7 +41,7 @@ PEERS = ("transformers", "mlx", "llamacpp")
 def median_of(seconds: Callable[[], float]) -> float:
     """Median of several calls after one that is thrown away; fewer calls where they are slow."""
     seconds()
-    start, times = time.perf_counter(), []
+    start, times = time.perf_counter(), list[float]()
     while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and time.perf_counter() - start < BUDGET_S):
         times.append(seconds())
     return median(times)
@@ -58,9 +58,12 @@ def time_peer(peer: str, model: str) -> dict[str, Any]:
         prompts_BT = np.random.default_rng(B).integers(0, num_vocab, (B, num_tokens), dtype=np.int32)
         return oracle.greedy(prompts_BT, num_new)
 
+    def decode(B: int) -> float:
+        return run(B, PROMPT_TOKENS, NEW_TOKENS).decode_s
+
     row: dict[str, Any] = {"peer": peer, "version": oracle.version}
     for B in BATCHES:
-        decode_s = median_of(lambda B=B: run(B, PROMPT_TOKENS, NEW_TOKENS).decode_s)
+        decode_s = median_of(partial(decode, B))
         row[f"decode_tok_s_b{B}"] = round(B * (NEW_TOKENS - 1) / decode_s, 1)
     row["prefill512_s"] = round(median_of(lambda: run(1, PREFILL_TOKENS, 1).prefill_s), 4)
     return row

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxllm.checkpoint.entry import Entry, ReadParam, Rows
-from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.config import Config, LayerSpec
 
 TOWERS = ("visual.", "audio_encoder.", "speech_embeddings.", "audio_tokenizer.")    # omni parts, not the text model
@@ -74,10 +73,7 @@ def fused(path: str, tensor: str, D: int, heads: dict[str, tuple[int, int]], chu
     A chunk is what one tensor-parallel rank of the training run held. MODEL.md 4.4: there are as many as the full
     layers have kv heads, in sliding layers and MTP blocks too.
     """
-    for ours, (count, _) in heads.items():
-        if count % chunks:
-            raise CheckpointError(f"{tensor}: the {count} heads of {ours} do not divide into the num_key_value_heads="
-                                  f"{chunks} chunks of attention_projection_layout 'fused_qkv'")
+    assert all(count % chunks == 0 for count, _ in heads.values())      # Config refuses others
     sizes = [count // chunks * width for count, width in heads.values()]
     starts = [sum(sizes[:n]) for n in range(len(sizes))]
     for (ours, dims), size, start in zip(heads.items(), sizes, starts, strict=True):

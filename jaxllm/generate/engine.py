@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm.axes import spec
 from jaxllm.cache import Cache
 from jaxllm.config import Config
 from jaxllm.generate.request import Prompt, Request, Settings, check_ids, make_request
@@ -64,7 +63,7 @@ class Model:
         tokens = np.asarray(tokens_BT)
         if tokens.ndim != 2 or not tokens.size:
             raise ValueError(f"logits wants token ids [B, T], at least one, but got shape {list(tokens.shape)}")
-        check_ids("logits", tokens.ravel(), self.config)
+        check_ids("logits", tokens.ravel().tolist(), self.config)
         padded = np.pad(tokens, ((0, -len(tokens) % self.mesh.shape["data"]), (0, 0)))
         with on_mesh(self.transformer):
             out = _logits(self.transformer, place(self.transformer, padded, "batch", None))

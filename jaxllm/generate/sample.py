@@ -51,7 +51,7 @@ def gumbel(seed: jax.Array, position: jax.Array, num: int) -> jax.Array:
 
 
 def draw_truncated(scaled_BW: jax.Array, noise_BW: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Tokens [B] drawn from the likeliest entries that top-k and top-p keep; of equal logits the lower id ranks first."""
+    """Tokens [B] drawn from the likeliest entries that top-k and top-p keep; among equals the lower id ranks first."""
     W = scaled_BW.shape[-1]
     id_BW = jnp.argsort(scaled_BW, axis=-1, descending=True, stable=True)
     ranked_BW = jnp.take_along_axis(scaled_BW, id_BW, axis=-1)

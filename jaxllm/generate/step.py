@@ -79,10 +79,17 @@ def advance(model: Transformer, state: State, sampling: Sampling, stop_ids: jax.
         return _advance(model, state, sampling, stop_ids, np.int32(steps), kind)
 
 
+def mesh_of(model: Transformer) -> Mesh:
+    """The mesh that the model's parameters lie on."""
+    sharding = model.embed_WD[...].sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
+
+
 def on_mesh(model: Transformer) -> contextlib.AbstractContextManager:
     """The mesh of the model's parameters as the mesh in context; inside another jit it must already be."""
-    embed = model.embed_WD[...]
-    return contextlib.nullcontext() if isinstance(embed, jax.core.Tracer) else jax.set_mesh(embed.sharding.mesh)
+    traced = isinstance(model.embed_WD[...], jax.core.Tracer)
+    return contextlib.nullcontext() if traced else jax.set_mesh(mesh_of(model))
 
 
 def place(model: Transformer, x: ArrayLike, *names: str | None) -> jax.Array:
@@ -91,7 +98,7 @@ def place(model: Transformer, x: ArrayLike, *names: str | None) -> jax.Array:
         return x
     host = np.asarray(x)
     host = host.astype(np.int32) if host.dtype == np.int64 else host
-    sharding = NamedSharding(model.embed_WD[...].sharding.mesh, spec(*names))
+    sharding = NamedSharding(mesh_of(model), spec(*names))
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 

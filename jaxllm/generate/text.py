@@ -125,7 +125,7 @@ class TextStream:
         return "" if self.stopped else self._release(self._detokenizer.push(tokens))
 
     def finish(self) -> str:
-        """The rest, once, when no token will follow; U+FFFD for a character that was never finished."""
+        """The rest, when no token will follow; U+FFFD for a character left unfinished. A second call gives ""."""
         if self.stopped:
             return ""
         text = self._release(self._detokenizer.push((), final=True))

@@ -292,7 +292,8 @@ def test_no_piece_ends_inside_a_character(nano):
 def test_unfinished_character_at_the_end(tokenizer):
     """One mark from byte-level BPE for the broken sequence, one for each byte from byte fallback."""
     tokens = tokenizer.encode("x🙂")[:-1]
-    pieces, _ = stream_pieces(tokenizer, chunks(tokens, [1]), [])
+    pieces, stream = stream_pieces(tokenizer, chunks(tokens, [1]), [])
+    assert stream.finish() == ""                             # the rest comes once
     assert pieces[-1] == "\ufffd" * (1 if tokenizer.vocabulary.utf8_errors == "replace" else 3)
     assert "".join(pieces) == tokenizer.decode(tokens)
 

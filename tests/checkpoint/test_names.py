@@ -1,0 +1,345 @@
+"""The table: where each row goes (against numpy written out here), the way back, and what does not fit."""
+import json
+import math
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hub_files import edit_json, edit_tensors, whole
+from hub_maker import tiny_config, write_hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from jaxllm.checkpoint.entry import transpose
+from jaxllm.checkpoint.errors import CheckpointError
+from jaxllm.checkpoint.hubsource import HubSource
+from jaxllm.checkpoint.names import Table, count_mtp, left_out
+from jaxllm.config import Config
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_hub(tmp_path, tiny_config())
+    return tmp_path
+
+
+def everything(source: HubSource) -> dict[str, np.ndarray]:
+    return {path: source.read(path, whole(shape)) for path, (shape, _) in source.params.items()}
+
+
+def split_by_hand(config: dict, hub: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    """The parameters of layer i of a split checkpoint, by reshapes alone."""
+    swa = "swa_" if config["hybrid_layer_pattern"][i] else ""
+    N, K, H, V = (config[swa + key] for key in
+                  ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
+    D, name = config["hidden_size"], f"model.layers.{i}"
+    ours = {
+        "attention_norm.scale_D": hub[f"{name}.input_layernorm.weight"],
+        "mlp_norm.scale_D": hub[f"{name}.post_attention_layernorm.weight"],
+        "attention.q_DNH": hub[f"{name}.self_attn.q_proj.weight"].reshape(N, H, D).transpose(2, 0, 1),
+        "attention.k_DKH": hub[f"{name}.self_attn.k_proj.weight"].reshape(K, H, D).transpose(2, 0, 1),
+        "attention.v_DKV": hub[f"{name}.self_attn.v_proj.weight"].reshape(K, V, D).transpose(2, 0, 1),
+        "attention.o_NVD": hub[f"{name}.self_attn.o_proj.weight"].reshape(D, N, V).transpose(1, 2, 0),
+    }
+    if swa:
+        ours["attention.sink_N"] = hub[f"{name}.self_attn.attention_sink_bias"]
+    if config["moe_layer_freq"][i]:
+        ours["moe.router_DE"] = hub[f"{name}.mlp.gate.weight"].T
+        ours["moe.bias_E"] = hub[f"{name}.mlp.gate.e_score_correction_bias"]
+        for path, proj in zip(("moe.gate_EDI", "moe.up_EDI", "moe.down_EID"), MLP, strict=True):
+            ours[path] = np.stack([hub[f"{name}.mlp.experts.{e}.{proj}.weight"].T
+                                   for e in range(config["n_routed_experts"])])
+    else:
+        for path, proj in zip(("mlp.gate_DF", "mlp.up_DF", "mlp.down_FD"), MLP, strict=True):
+            ours[path] = hub[f"{name}.mlp.{proj}.weight"].T
+    return {f"layers.{i}.{path}": array for path, array in ours.items()}
+
+
+def test_split_layout_by_hand(folder):
+    """All parameters of the model, and no others, with the values that the definition of each layout gives."""
+    config, hub = tiny_config(), load_file(folder / "model.safetensors")
+    expected = {"embed_WD": hub["model.embed_tokens.weight"], "norm.scale_D": hub["model.norm.weight"],
+                "head_DW": hub["lm_head.weight"].T}
+    for i in range(config["num_hidden_layers"]):
+        expected |= split_by_hand(config, hub, i)
+    found = everything(HubSource(folder))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_mtp_blocks_by_hand(tmp_path):
+    """config.json says nothing of MTP blocks; the names do."""
+    config = tiny_config()
+    write_hub(tmp_path, config, mtp=3)
+    source, hub = HubSource(tmp_path), load_file(tmp_path / "model.safetensors")
+    assert source.num_mtp == 3
+    for k in range(3):
+        name, ours = f"model.mtp.layers.{k}", {path: array for path, array in everything(source).items()
+                                               if path.startswith(f"mtp.{k}.")}
+        D, N, K, H, V = 64, 8, 4, 24, 16
+        expected = {
+            "embed_norm.scale_D": hub[f"{name}.enorm.weight"], "hidden_norm.scale_D": hub[f"{name}.hnorm.weight"],
+            "join_CD": hub[f"{name}.eh_proj.weight"].T,
+            "attention_norm.scale_D": hub[f"{name}.input_layernorm.weight"],
+            "attention.q_DNH": hub[f"{name}.self_attn.q_proj.weight"].reshape(N, H, D).transpose(2, 0, 1),
+            "attention.k_DKH": hub[f"{name}.self_attn.k_proj.weight"].reshape(K, H, D).transpose(2, 0, 1),
+            "attention.v_DKV": hub[f"{name}.self_attn.v_proj.weight"].reshape(K, V, D).transpose(2, 0, 1),
+            "attention.o_NVD": hub[f"{name}.self_attn.o_proj.weight"].reshape(D, N, V).transpose(1, 2, 0),
+            "attention.sink_N": hub[f"{name}.self_attn.attention_sink_bias"],
+            "mlp_norm.scale_D": hub[f"{name}.pre_mlp_layernorm.weight"],
+            "mlp.gate_DF": hub[f"{name}.mlp.gate_proj.weight"].T, "mlp.up_DF": hub[f"{name}.mlp.up_proj.weight"].T,
+            "mlp.down_FD": hub[f"{name}.mlp.down_proj.weight"].T,
+            "norm.scale_D": hub[f"{name}.final_layernorm.weight"],
+        }
+        assert ours.keys() == {f"mtp.{k}.{path}" for path in expected}
+        for path, array in expected.items():
+            np.testing.assert_array_equal(ours[f"mtp.{k}.{path}"], array, err_msg=path)
+
+
+@st.composite
+def fused_configs(draw) -> dict:
+    """Small geometries of a fused checkpoint: one full and one sliding layer, any head widths, 1 to 4 chunks."""
+    size = st.integers(1, 3)
+    chunks, H, swa_H = draw(st.integers(1, 4)), 2 * draw(size), 2 * draw(size)
+    swa_K = chunks * draw(size)
+    return tiny_config(
+        hidden_size=draw(st.integers(1, 5)), num_hidden_layers=2, hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 0],
+        attention_projection_layout="fused_qkv", partial_rotary_factor=1.0,
+        num_key_value_heads=chunks, num_attention_heads=chunks * draw(size), head_dim=H, v_head_dim=draw(size),
+        swa_num_key_value_heads=swa_K, swa_num_attention_heads=swa_K * draw(size), swa_head_dim=swa_H,
+        swa_v_head_dim=draw(size))
+
+
+@settings(deadline=None)      # the first example also pays for imports
+@given(config=fused_configs(), data=st.data())
+def test_fused_rows_are_cut_by_rank(config, data):
+    """Row by row against MODEL.md 4.4: chunk c holds the q heads, then the k heads, then the v heads of rank c."""
+    table = Table(Config.from_dict(config), num_mtp=1)
+    chunks, D = config["num_key_value_heads"], config["hidden_size"]
+    for name, path, swa in (("model.layers.0", "layers.0", ""), ("model.layers.1", "layers.1", "swa_"),
+                            ("model.mtp.layers.0", "mtp.0", "swa_")):
+        N, K, H, V = (config[swa + key] for key in
+                      ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
+        wanted = {"q_DNH": np.empty((D, N, H)), "k_DKH": np.empty((D, K, H)), "v_DKV": np.empty((D, K, V))}
+        fused, row = np.random.default_rng(0).standard_normal((N * H + K * H + K * V, D)), 0
+        for chunk in range(chunks):
+            for array in wanted.values():
+                per_chunk = array.shape[1] // chunks
+                for head in range(chunk * per_chunk, (chunk + 1) * per_chunk):
+                    for inner in range(array.shape[2]):
+                        array[:, head, inner] = fused[row]
+                        row += 1
+        tensor = f"{name}.self_attn.qkv_proj.weight"
+        assert row == len(fused) and table.shapes[tensor] == fused.shape
+        for letters, array in wanted.items():
+            index = tuple(draw_slice(data, size) for size in array.shape)
+            entry = table.entries[f"{path}.attention.{letters}"]
+            np.testing.assert_array_equal(entry.read(lambda _, cut, fused=fused: fused[cut], index), array[index])
+        back = table.to_hub(tensor, lambda at, cut, wanted=wanted: wanted[at.rsplit(".", 1)[1]][cut])
+        np.testing.assert_array_equal(back, fused)
+
+
+def draw_slice(data: st.DataObject, size: int) -> slice:
+    start = data.draw(st.integers(0, size - 1))
+    return slice(start, data.draw(st.integers(start + 1, size)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_any_slice_of_any_parameter(tmp_path_factory, data):
+    """A slice is the same slice of the whole, for every kind of entry."""
+    source = tiny_source(tmp_path_factory)
+    path = data.draw(st.sampled_from(sorted(source.params)))
+    index = tuple(draw_slice(data, size) for size in source.params[path][0])
+    np.testing.assert_array_equal(source.read(path, index), everything(source)[path][index])
+
+
+def tiny_source(tmp_path_factory, cache: list[HubSource] = []) -> HubSource:      # noqa: B006 (made once)
+    if not cache:
+        folder = tmp_path_factory.mktemp("hub")
+        write_hub(folder, tiny_config(num_hidden_layers=2, hybrid_layer_pattern=[0, 1], moe_layer_freq=[0, 1]), mtp=1)
+        cache.append(HubSource(folder))
+    return cache[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 5), (32, 64), (100, 33)])
+def test_transpose(shape):
+    block = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    found = transpose(block)
+    assert found.flags.c_contiguous and found.tobytes() == np.ascontiguousarray(block.T).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_way_back_is_bit_identical(tmp_path, dtype, fused):
+    write_hub(tmp_path, tiny_config(), dtype=dtype, fused=fused, shards=3, mtp=2)
+    source = HubSource(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        for name, array in load_file(file).items():
+            back = source.table.to_hub(name, source.read)
+            assert back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes(), name
+
+
+def test_a_fused_checkpoint_is_the_split_one(tmp_path):
+    write_hub(tmp_path / "split", tiny_config(), mtp=1)
+    write_hub(tmp_path / "fused", tiny_config(), mtp=1, fused=True)
+    split, fused = everything(HubSource(tmp_path / "split")), everything(HubSource(tmp_path / "fused"))
+    assert split.keys() == fused.keys()
+    for path, array in split.items():
+        np.testing.assert_array_equal(fused[path], array, err_msg=path)
+
+
+def test_tied_embeddings_have_no_head(tmp_path):
+    write_hub(tmp_path, tiny_config(tie_word_embeddings=True))
+    assert "head_DW" not in HubSource(tmp_path).params
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    with pytest.raises(CheckpointError, match=r"not known 1: lm_head.weight"):
+        HubSource(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"moe_layer_freq": [0] * 6}, {"add_full_attention_sink_bias": True},
+    {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 12, "swa_v_head_dim": 8},
+])
+def test_sizes_are_those_of_the_configs_arithmetic(changes):
+    config = Config.from_dict(tiny_config(**changes))
+    count, sizes = config.count_parameters(), sizes_of(Table(config))
+    assert sum(sizes.values()) == count.total + count.vectors
+
+
+@pytest.mark.parametrize("folder", ["MiMo-V2-Flash", "MiMo-V2.5", "MiMo-V2.5-Pro"])
+def test_the_tables_of_released_models(folder):
+    """Numbers and shapes of MODEL.md 4.3 to 4.5: every text tensor of V2-Flash (split), V2.5 and V2.5-Pro (fused)."""
+    config = Config.from_hub(Path(__file__).parents[2] / "configs" / folder)
+    table, count = Table(config, num_mtp=3), config.count_parameters()
+    matrices = sum(math.prod(shape) for shape in table.shapes.values() if len(shape) == 2)
+    assert matrices == count.total + 3 * count.mtp_block
+    assert sum(sizes_of(table).values()) == sum(math.prod(shape) for shape in table.shapes.values())
+    if folder == "MiMo-V2-Flash":
+        assert table.shapes["model.layers.5.self_attn.k_proj.weight"] == (768, 4096)
+        assert table.shapes["model.layers.1.self_attn.v_proj.weight"] == (1024, 4096)
+    else:
+        full, sliding = {"MiMo-V2.5": (13568, 14848), "MiMo-V2.5-Pro": (27136, 27136)}[folder]
+        assert table.shapes["model.layers.0.self_attn.qkv_proj.weight"][0] == full
+        assert table.shapes["model.layers.1.self_attn.qkv_proj.weight"][0] == sliding
+        assert table.shapes["model.mtp.layers.2.self_attn.qkv_proj.weight"][0] == sliding
+
+
+def sizes_of(table: Table) -> dict[str, int]:
+    return {path: math.prod(entry.shape) for path, entry in table.entries.items()}
+
+
+def test_towers_and_buffers_are_left_out_and_listed(folder):
+    tower = {"visual.patch_embed.weight": np.zeros((2, 3, 2, 2, 2), np.float32),
+             "audio_encoder.projection.mlp.0.weight": np.zeros((2, 2), np.uint8),
+             "speech_embeddings.0.weight": np.zeros((2, 2), np.float32)}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    edit_tensors(folder, lambda tensors: tensors.update(tower | buffer))
+    (folder / "audio_tokenizer").mkdir()
+    save_file({"encoder.conv1.weight": np.zeros(3, np.float32)}, folder / "audio_tokenizer/model.safetensors")
+    assert HubSource(folder).left_out == {
+        "audio_encoder": ["audio_encoder.projection.mlp.0.weight"], "speech_embeddings": ["speech_embeddings.0.weight"],
+        "visual": ["visual.patch_embed.weight"], "rotary_emb.inv_freq": [*buffer],
+        "audio_tokenizer/": ["audio_tokenizer/model.safetensors"]}
+    assert left_out(["model.visual.weight", "lm_head.weight", "visuals.x"]) == {}      # only at the top level
+
+
+def test_missing_and_extra_tensors_are_one_error(folder):
+    def change(tensors):
+        tensors["model.layers.1.self_attn.q_norm.weight"] = tensors.pop("model.norm.weight")
+        tensors["model.layers.6.input_layernorm.weight"] = tensors.pop("model.layers.2.mlp.experts.3.up_proj.weight")
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        HubSource(folder)
+    assert "missing 2: model.layers.2.mlp.experts.3.up_proj.weight, model.norm.weight;" in str(caught.value)
+    assert ("not known 2: model.layers.1.self_attn.q_norm.weight, model.layers.6.input_layernorm.weight;"
+            in str(caught.value))
+
+
+def test_long_lists_are_cut(folder):
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True, n_routed_experts=16))
+    with pytest.raises(CheckpointError, match=re.escape("missing 120: ")) as caught:
+        HubSource(folder)
+    assert len(str(caught.value)) < 800 and "not known 1: lm_head.weight" in str(caught.value)
+
+
+def test_mtp_blocks_must_be_whole_and_numbered_from_0(tmp_path):
+    write_hub(tmp_path, tiny_config(), mtp=2)
+    edit_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".mtp.layers.0." in name])
+    with pytest.raises(CheckpointError, match="missing 14: model.mtp.layers.0.*; not known 14: model.mtp.layers.1."):
+        HubSource(tmp_path)
+    assert count_mtp(["model.mtp.layers.10000000000.enorm.weight", "model.mtp.x", "model.layers.3.x"]) == 1
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight",
+                                  "model.layers.1.self_attn.attention_sink_bias",
+                                  "model.layers.3.mlp.experts.7.down_proj.weight"])
+def test_a_wrong_shape_is_named(folder, name):
+    shape = load_file(folder / "model.safetensors")[name].shape
+    wrong = (*shape[:-1], shape[-1] + 1)
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(wrong, np.float32)}))
+    with pytest.raises(CheckpointError) as caught:
+        HubSource(folder)
+    assert f"{folder}/model.safetensors: {name!r} has shape {list(wrong)}, expected {list(shape)}" in str(caught.value)
+
+
+def test_a_transposed_tensor_is_a_wrong_shape(folder):
+    name = "model.layers.0.mlp.gate_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.ascontiguousarray(tensors[name].T)}))
+    with pytest.raises(CheckpointError, match=r"has shape \[64, 96\], expected \[96, 64\]"):
+        HubSource(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_])
+def test_a_wrong_dtype_is_named(folder, dtype):
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].astype(dtype)}))
+    with pytest.raises(CheckpointError, match=f"'lm_head.weight' is {np.dtype(dtype)}, expected float32, bfloat16"):
+        HubSource(folder)
+
+
+def test_experts_of_one_stack_share_a_dtype(folder):
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
+    with pytest.raises(CheckpointError, match=f"'{name}' is float16, expected float32 as .*stacked with it"):
+        HubSource(folder)
+
+
+def test_each_parameter_keeps_its_own_dtype(tmp_path):
+    write_hub(tmp_path, tiny_config(), dtype="bfloat16")
+    params = HubSource(tmp_path).params
+    assert params["layers.1.moe.router_DE"][1] == np.float32 and params["layers.1.moe.bias_E"][1] == np.float32
+    assert params["layers.1.moe.gate_EDI"][1] == ml_dtypes.bfloat16
+
+
+def test_quantised_layouts_are_refused_as_such(folder):
+    packing = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=packing))
+    with pytest.raises(CheckpointError, match="quantised layout, which is not readable yet .*config.json: fp8"):
+        HubSource(folder)
+
+
+@pytest.mark.parametrize(("name", "array"), [
+    ("model.layers.0.mlp.up_proj.weight", np.zeros((96, 64), ml_dtypes.float8_e4m3fn)),
+    ("model.layers.1.mlp.experts.0.up_proj.weight", np.zeros((32, 32), np.uint8)),
+    ("model.layers.0.mlp.up_proj.weight_scale_inv", np.zeros((1, 1), np.float32)),
+    ("model.layers.1.mlp.experts.0.up_proj.weight_scale", np.zeros((32, 2), np.float32)),
+])
+def test_packed_tensors_are_refused_as_such(folder, name, array):
+    edit_tensors(folder, lambda tensors: tensors.update({name: array}))
+    with pytest.raises(CheckpointError, match=f"quantised layout, .*packed tensors 1: {name}"):
+        HubSource(folder)
+
+
+def test_a_config_of_another_model_is_noticed(folder):
+    edit_json(folder / "config.json", lambda config: config.update(hidden_size=128))
+    with pytest.raises(CheckpointError, match="expected .* by .*config.json"):
+        HubSource(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="model_type"):
+        HubSource(folder)
