@@ -22,7 +22,7 @@ QUERY_BLOCK = 128       # queries per visit in a sliding layer: each block sees 
 NO_PEAK = -1e30         # a finite floor for the maximum: where nothing is seen the output is zero, not NaN
 
 
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
+def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
            window: int | None, sink_N: jax.Array | None) -> jax.Array:
     """Attention output [B, T, N, V] in q's dtype.
 
@@ -45,15 +45,15 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
         """Softmax state (maximum, sum, weighted values) after the keys first .. first + size - 1, cut at S."""
         peak, total, out_BKGTV = state
         start = jnp.minimum(first, S - size) if size < S else 0
-        k, v = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) if size < S else x for x in (k_BKSH, v_BKSV))
-        k_pos = jax.lax.dynamic_slice_in_dim(k_pos_BS, start, size, 1) if size < S else k_pos_BS
+        k, v, k_pos = (jax.lax.dynamic_slice_in_dim(x, start, size, dim) if size < S else x
+                       for x, dim in ((k_BKHS, 3), (v_BKSV, 2), (k_pos_BS, 1)))
         behind_BTS = q_pos_BT[:, :, None] - k_pos[:, None, :]
         seen_BTS = (behind_BTS >= 0) & (k_pos >= 0)[:, None, :]
         if window is not None:
             seen_BTS &= behind_BTS < window
         if size < S:    # the last block is moved back to fit; what it has in common with the one before counts once
             seen_BTS &= (start + jnp.arange(size, dtype=jnp.int32) >= first)[None, None, :]
-        scores = einsum("bkgth,bksh->bkgts", q_BKGTH, k) * (1 / math.sqrt(H))
+        scores = einsum("bkgth,bkhs->bkgts", q_BKGTH, k) * (1 / math.sqrt(H))
         scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.exp(scores - new_peak[..., None])
@@ -75,7 +75,7 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
                            out_sharding=P(batch, None, heads, None)).astype(q_BTNH.dtype)
 
 
-def attend_sliding(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,
+def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,
                    sink_N: jax.Array | None) -> jax.Array:
     """As `attend`, for T queries at positions start_B + (0..T-1) and the window - 1 + T keys that end with theirs.
 
@@ -88,15 +88,15 @@ def attend_sliding(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, star
     if T <= block:
         q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         k_pos = first_pos_B[:, None] + jnp.arange(T + reach, dtype=jnp.int32)[None]
-        return attend(q_BTNH, k_BKSH, v_BKSV, q_pos, k_pos, window, sink_N)
+        return attend(q_BTNH, k_BKHS, v_BKSV, q_pos, k_pos, window, sink_N)
     num = -(-T // block)
     pad = num * block - T
-    q_BTNH, k_BKSH, v_BKSV = (jnp.pad(x, [(0, pad if dim == at else 0) for dim in range(4)])
-                              for x, at in ((q_BTNH, 1), (k_BKSH, 2), (v_BKSV, 2)))
+    q_BTNH, k_BKHS, v_BKSV = (jnp.pad(x, [(0, pad if dim == at else 0) for dim in range(4)])
+                              for x, at in ((q_BTNH, 1), (k_BKHS, 3), (v_BKSV, 2)))
 
     def one(i: jax.Array) -> jax.Array:
-        q = jax.lax.dynamic_slice_in_dim(q_BTNH, i * block, block, 1)
-        k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, block + reach, 2) for x in (k_BKSH, v_BKSV))
+        q, k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, size, dim) for x, size, dim in (
+            (q_BTNH, block, 1), (k_BKHS, block + reach, 3), (v_BKSV, block + reach, 2)))
         return attend_sliding(q, k, v, start_B + i * block, window, sink_N)
 
     out = jax.lax.map(one, jnp.arange(num, dtype=jnp.int32))       # [num, B, block, N, V]
@@ -141,16 +141,17 @@ def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start
     new = None if cache is None else write(cache, k_BTKH, v_BTKV, start_B, end_B)
     q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     if new is not None:
-        slots = new.k_BKSH.shape[2]
+        slots = new.num_slots
         if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
             k_pos = slot_positions(end_B, slots)                            # all that can be seen is in the slots
-            return attend(q_BTNH, new.k_BKSH, new.v_BKSV, q_pos, k_pos, window, sink_N), new
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKV.transpose(0, 2, 1, 3)
+            return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
+    k, v = k_BTKH.transpose(0, 2, 3, 1), v_BTKV.transpose(0, 2, 1, 3)
     if window is None:
         return attend(q_BTNH, k, v, q_pos, q_pos, None, sink_N), new
     if cache is None:
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (window - 1, 0), (0, 0))) for x in (k, v))
+        k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (window - 1, 0)))
+        v = jnp.pad(v, ((0, 0), (0, 0), (window - 1, 0), (0, 0)))
     else:
         old = previous(cache, start_B, window - 1)
-        k, v = jnp.concatenate([old.k_BKSH, k], 2), jnp.concatenate([old.v_BKSV, v], 2)
+        k, v = jnp.concatenate([old.k_BKHS, k], 3), jnp.concatenate([old.v_BKSV, v], 2)
     return attend_sliding(q_BTNH, k, v, start_B, window, sink_N), new

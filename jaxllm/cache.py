@@ -1,10 +1,10 @@
 """Keys and values of the tokens so far: a growing array in full layers, a ring of fixed size in sliding ones.
 
 Token at position p lies in slot p mod S. A full layer's S is the stated length, so nothing wraps. A sliding layer's S
-is `window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context. Which
-position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken back
-(a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every window.
-K is stored at its width H and V at its own, V.
+is `window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context.
+Which position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken
+back (a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every
+window. K is stored at its width H and V at its own, V.
 """
 import dataclasses
 
@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from jaxllm.axes import spec
 from jaxllm.config import Config, LayerSpec
 
-KV_AXES = ("batch", "kv_heads", None, "head_dim")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's slots. The S dim is not split."""
-    k_BKSH: jax.Array
+    """One layer's slots; the S dim is not split. K lies transposed: both products of a decode step then read rows."""
+    k_BKHS: jax.Array
     v_BKSV: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        return self.v_BKSV.shape[2]
 
 
 @jax.tree_util.register_dataclass
@@ -46,10 +48,9 @@ def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flig
 
 def empty_layer(layer: LayerSpec, batch: int, max_len: int, in_flight: int, dtype: jnp.dtype) -> LayerCache:
     """An empty LayerCache, on the mesh in context. `layer.num_kv_heads` counts repeated heads too."""
-    shape = (batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight))
-    k, v = (jnp.zeros((*shape, width), dtype, out_sharding=spec(*KV_AXES))
-            for width in (layer.head_dim, layer.v_head_dim))
-    return LayerCache(k, v)
+    B, K, S = batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight)
+    return LayerCache(jnp.zeros((B, K, layer.head_dim, S), dtype, out_sharding=spec("batch", "kv_heads", None, None)),
+                      jnp.zeros((B, K, S, layer.v_head_dim), dtype, out_sharding=spec("batch", "kv_heads", None, None)))
 
 
 def slot_positions(length_B: jax.Array, num: int) -> jax.Array:
@@ -63,21 +64,20 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.
 
     Of more tokens than slots only the newest are written.
     """
-    num = cache.k_BKSH.shape[2]
+    num = cache.num_slots
     position_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)[None, :]
     kept = (position_BT < end_B[:, None]) & (position_BT >= end_B[:, None] - num)
     slot_BT = jnp.where(kept, position_BT % num, num)              # slot `num` does not exist: dropped
     row_B1 = jnp.arange(slot_BT.shape[0], dtype=jnp.int32)[:, None]
 
-    def put(into: jax.Array, new: jax.Array) -> jax.Array:
-        return into.at[row_B1, :, slot_BT].set(new, mode="drop", out_sharding=jax.typeof(into).sharding.spec)
-
-    return LayerCache(put(cache.k_BKSH, k_BTKH), put(cache.v_BKSV, v_BTKV))
+    sharding = jax.typeof(cache.v_BKSV).sharding.spec
+    return LayerCache(cache.k_BKHS.at[row_B1, :, :, slot_BT].set(k_BTKH, mode="drop", out_sharding=sharding),
+                      cache.v_BKSV.at[row_B1, :, slot_BT].set(v_BTKV, mode="drop", out_sharding=sharding))
 
 
 def previous(cache: LayerCache, start_B: jax.Array, num: int) -> LayerCache:
-    """The last `num` positions before start_B in order of position, [B, K, num, *]; arbitrary where negative."""
-    slots = cache.k_BKSH.shape[2]
+    """The last `num` positions before start_B in order of position; arbitrary where negative."""
     position = start_B[:, None] - num + jnp.arange(num, dtype=jnp.int32)[None, :]
-    slot = (position % slots)[:, None, :, None]
-    return LayerCache(*(jnp.take_along_axis(x, slot, axis=2) for x in (cache.k_BKSH, cache.v_BKSV)))
+    slot = position % cache.num_slots
+    return LayerCache(jnp.take_along_axis(cache.k_BKHS, slot[:, None, None, :], axis=3),
+                      jnp.take_along_axis(cache.v_BKSV, slot[:, None, :, None], axis=2))

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467): in float32, cast back, then times a plain weight, in that order as the hub's code does."""
+"""RMSNorm (arXiv 1910.07467): in float32, cast back, then times a plain weight, in the order of the hub's code."""
 import jax
 import jax.numpy as jnp
 from flax import nnx

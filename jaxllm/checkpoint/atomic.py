@@ -47,8 +47,8 @@ def new_folder(out: Path, is_ours: IsOurs) -> Iterator[Path]:
         _sync(out)
         _sync(out.parent)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error} ({error.filename}); free space or "
-                              "choose another place, and run again") from error
+        raise CheckpointError(f"{out} cannot be written: {error}; free space or choose another place, and run "
+                              "again") from error
 
 
 def _make_room(out: Path, is_ours: IsOurs) -> None:

@@ -53,7 +53,8 @@ class Entry:
         if not self.stacked:
             return self._read_matrix(read_rows, self.matrices[0], index)
         (first, last), = bounds(index[:1], self.shape[:1])
-        return np.stack([self._read_matrix(read_rows, matrix, index[1:]) for matrix in self.matrices[first:last]])
+        found = [self._read_matrix(read_rows, matrix, index[1:]) for matrix in self.matrices[first:last]]
+        return found[0][None] if len(found) == 1 else np.stack(found)
 
     def _read_matrix(self, read_rows: ReadRows, matrix: Matrix, index: Index) -> np.ndarray:
         in_index, out_index = self._split(index)
@@ -107,7 +108,8 @@ def _overlaps(matrix: Matrix, rows: slice) -> Iterator[tuple[Rows, slice]]:
 
 def transpose(block: np.ndarray) -> np.ndarray:
     """block.T of a matrix, as a new array."""
-    out = np.empty(block.shape[::-1], block.dtype)
-    for row in range(0, len(block), TILE):
-        out[:, row:row + TILE] = block[row:row + TILE].T
-    return out
+    bits = block.view(f"u{block.itemsize}")      # numpy moves uint16 faster than bfloat16
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for row in range(0, len(bits), TILE):
+        out[:, row:row + TILE] = bits[row:row + TILE].T
+    return out.view(block.dtype)

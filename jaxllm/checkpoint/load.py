@@ -53,7 +53,8 @@ def load_arrays(source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]) -> 
     extra = sorted(path for path in source.params.keys() - targets.keys() if not path.startswith("mtp."))
     if missing or extra:
         raise CheckpointError(f"{source.folder}: its parameters are not those of the model; missing {listed(missing)}; "
-                              f"not wanted {listed(extra)}; is the config.json the checkpoint's own?")
+                              f"not wanted {listed(extra)}; is the config.json the checkpoint's own, and the copy "
+                              "whole?")
     return {path: _load(source, path, target) for path, target in targets.items()}
 
 

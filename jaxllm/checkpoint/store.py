@@ -13,10 +13,10 @@ cost decoding the chunks around it.
 """
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -27,6 +27,7 @@ from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.checkpoint.source import Source, Tally, read_blocks
 
 PARAMS = "params"      # the Orbax checkpoint inside a converted folder
+Result = TypeVar("Result")
 
 
 class Leaf:
@@ -38,15 +39,15 @@ class Leaf:
 
     async def write(self, folder: str, context: ts.Context) -> None:
         """Write the array into `folder`, holding two blocks at a time."""
-        array = await ts.open(self._spec(folder), create=True, context=context)
+        array = await _written(ts.open(self._spec(folder), create=True, context=context))
         tally, writing = Tally(), list[ts.WriteFutures]()
         whole = tuple(slice(0, size) for size in self.shape)
         for block, values in read_blocks(self.source, self.path, whole, self.dtype, tally):
             while writing:
-                await writing.pop()
+                await _written(writing.pop())
             writing.append(array[block].write(values, can_reference_source_data_indefinitely=True))
             self.done(values.nbytes)
-        await writing.pop()
+        await _written(writing.pop())
         tally.warn(self.source, self.path)
 
     def _spec(self, folder: str) -> dict[str, Any]:
@@ -58,6 +59,14 @@ class Leaf:
                          "compressor": None},
             "store_data_equal_to_fill_value": True,      # else a chunk of zeros looks like one that was lost
         }
+
+
+async def _written(work: Awaitable[Result]) -> Result:
+    """What TensorStore makes of a full or read-only disk, as the OSError that it is."""
+    try:
+        return await work
+    except Exception as error:      # a ValueError, for most
+        raise OSError(str(error).split(" [")[0]) from error      # without the spec in brackets
 
 
 class LeafHandler(ocp.type_handlers.TypeHandler):
@@ -103,30 +112,30 @@ def _quiet() -> Iterator[None]:
 
 
 class StoreSource:
-    """The parameters of a converted folder. Errors: CheckpointError when it is damaged."""
+    """The parameters of a converted folder, which `Leaf.write` wrote. CheckpointError when they are damaged."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self._arrays: dict[str, ts.TensorStore] = {}
-        try:
-            with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.metadata((self.folder / PARAMS).absolute()).item_metadata.tree
-        except Exception as error:      # whatever Orbax makes of a damaged folder
-            raise CheckpointError(f"{self.folder / PARAMS} is not a whole Orbax checkpoint ({error}); "
-                                  "convert again") from error
-        self.params = {path: (tuple(found.shape), np.dtype(found.dtype)) for path, found in tree.items()}
+        opening = {file.parent.name: ts.open(_reading(file.parent), read=True)
+                   for file in sorted((self.folder / PARAMS).glob("*/.zarray"))}
+        self._arrays = {path: self._whole(path, array) for path, array in opening.items()}
+        self.params = {path: (array.shape, array.dtype.numpy_dtype) for path, array in self._arrays.items()}
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """params[path][index]; the chunks that hold it are read."""
-        file = self.folder / PARAMS / path
-        try:
-            if path not in self._arrays:
-                self._arrays[path] = ts.open({
-                    "driver": "zarr", "kvstore": {"driver": "file", "path": f"{file.absolute()}/"},
-                    "fill_missing_data_reads": False}, read=True).result()
-            return self._arrays[path][index].read().result()
-        except ValueError as error:     # TensorStore's for a file that is absent or too short
-            raise CheckpointError(f"{file} is damaged ({error}); convert again") from error
+        return self._whole(path, self._arrays[path][index].read())
 
     def describe(self, path: str) -> str:
         return f"{path} (of {self.folder})"
+
+    def _whole(self, path: str, work: ts.Future[Result]) -> Result:
+        try:
+            return work.result()
+        except ValueError as error:     # TensorStore's for a file that is absent, too short or not what it should be
+            raise CheckpointError(f"{self.folder / PARAMS / path} is damaged ({str(error).split(' [')[0]}); convert "
+                                  "again") from error
+
+
+def _reading(folder: Path) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"},
+            "fill_missing_data_reads": False}      # a chunk that is not there is an error, not zeros

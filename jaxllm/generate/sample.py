@@ -31,7 +31,7 @@ def sample(logits_BW: jax.Array, sampling: Sampling, position_B: jax.Array, kind
     reaches p. `kind` (static) is "greedy" if every row is, "truncated" if some row has a top_k or top_p.
     """
     logits_BW = jax.reshard(logits_BW, spec("batch", None))
-    greedy_B = jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
+    greedy_B = argmax(logits_BW)
     if kind == "greedy":
         return greedy_B
     is_greedy_B = sampling.temperature_B == 0
@@ -39,10 +39,18 @@ def sample(logits_BW: jax.Array, sampling: Sampling, position_B: jax.Array, kind
     scaled_BW /= jnp.where(is_greedy_B, 1.0, sampling.temperature_B)[:, None]
     noise_BW = jax.vmap(gumbel, (0, 0, None))(sampling.seed_B, position_B, logits_BW.shape[-1])
     if kind == "sampled":
-        drawn_B = jnp.argmax(scaled_BW + noise_BW, axis=-1).astype(jnp.int32)
+        drawn_B = argmax(scaled_BW + noise_BW)
     else:
         drawn_B = draw_truncated(scaled_BW, noise_BW, sampling.top_k_B, sampling.top_p_B)
     return jnp.where(is_greedy_B, greedy_B, drawn_B)
+
+
+def argmax(x_BW: jax.Array) -> jax.Array:
+    """int32 [B]: the first place of each row's maximum, as two reductions that CPUs vectorise (10x `jnp.argmax`)."""
+    W = x_BW.shape[-1]
+    is_max_BW = x_BW == x_BW.max(-1, keepdims=True)
+    place_BW = jnp.where(is_max_BW, jnp.arange(W, dtype=jnp.int32)[None, :], W - 1)     # W - 1: rows of NaN
+    return place_BW.min(-1)
 
 
 def gumbel(seed: jax.Array, position: jax.Array, num: int) -> jax.Array:
@@ -61,5 +69,4 @@ def draw_truncated(scaled_BW: jax.Array, noise_BW: jax.Array, top_k_B: jax.Array
     before_BW = jnp.cumsum(probability_BW, axis=-1) - probability_BW
     kept_BW = (before_BW < top_p_B[:, None]) | (top_p_B == 1)[:, None]     # a sum of 1 may come out just below or above
     total_BW = jnp.where(kept_BW, ranked_BW, -jnp.inf) + jnp.take_along_axis(noise_BW, id_BW, axis=-1)
-    rank_B1 = jnp.argmax(total_BW, axis=-1, keepdims=True)
-    return jnp.take_along_axis(id_BW, rank_B1, axis=-1)[:, 0].astype(jnp.int32)
+    return jnp.take_along_axis(id_BW, argmax(total_BW)[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -115,7 +115,7 @@ def last_logits(model: Transformer, cache: Cache, tokens_BT: jax.Array, length_B
     last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
     x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1) if tokens_BT.shape[1] > 1 else x_BTD
     logits_BW = model.logits(x_B1D)[:, 0]
-    room = min((layer.k_BKSH.shape[2] for layer, kind in zip(new.layers, model.config.layers, strict=True)
+    room = min((layer.num_slots for layer, kind in zip(new.layers, model.config.layers, strict=True)
                 if kind.window is None), default=None)
     if room is not None:
         logits_BW = jnp.where((new.length_B <= room)[:, None], logits_BW, jnp.nan)

@@ -1,11 +1,21 @@
-"""Writing hub folders that are wrong in one chosen way, for the tests beside this file."""
+"""Hub folders that are wrong in one chosen way, and other help for the tests beside this file."""
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from jaxllm.checkpoint import open_source
+from jaxllm.checkpoint.hubsource import HubSource
+from jaxllm.checkpoint.store import StoreSource
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}      # layers, for tiny_config
 
 
 def write_raw(file: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -30,3 +40,18 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(None) for _ in shape)
+
+
+def assert_same(hub: Path, out: Path) -> None:
+    """`out` is the conversion of `hub`, bit for bit."""
+    first, second = HubSource(hub), open_source(out)
+    assert isinstance(second, StoreSource) and first.params == second.params
+    for path, (shape, _) in first.params.items():
+        assert first.read(path, whole(shape)).tobytes() == second.read(path, whole(shape)).tobytes(), path
+
+
+def run(code: str, *args: object) -> subprocess.CompletedProcess:
+    """A Python process of its own that imports jaxllm."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True,
+                          check=False)

@@ -1,0 +1,126 @@
+"""The command line: `jaxllm convert`, `jaxllm generate`, `jaxllm info`.
+
+Bad input (ValueError, OSError) is one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+"""
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+
+from jaxllm.checkpoint import convert
+from jaxllm.generate.load import DTYPES, load
+from jaxllm.info import describe
+
+SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")    # as `Model.generate` calls them
+MESH_HELP = "sizes of the mesh axes, as in data=1,expert=4,tensor=2; absent ones are 1 (default: one device)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command (default: of sys.argv); returns the exit status."""
+    try:
+        args = make_parser().parse_args(arguments)
+        args.run(args)
+        print(end="", flush=True)
+    except BrokenPipeError:             # the reader of a pipe, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print("jaxllm: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Its complaints are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="jaxllm", description="MiMo-V2 in JAX: from a hub checkpoint to text on any device mesh.")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    verb = verbs.add_parser("convert", help="write a hub checkpoint as an Orbax one",
+                            description="Writes the safetensors of a hub folder as an Orbax checkpoint, config and "
+                                        "tokenizer beside it. Memory stays small whatever the size.")
+    verb.add_argument("hub_dir", metavar="HUB_DIR", help="config.json, safetensors, tokenizer")
+    verb.add_argument("out_dir", metavar="OUT_DIR", help="a new or empty folder")
+    verb.set_defaults(run=run_convert)
+
+    verb = verbs.add_parser("generate", help="continue prompts",
+                            description="Continues each prompt; greedily, unless --temperature, --top-p or --top-k is "
+                                        "given.")
+    verb.add_argument("model", metavar="MODEL", help="a hub folder, or one that convert wrote")
+    verb.add_argument("prompts", metavar="PROMPT", nargs="+", help="all prompts make one batch")
+    verb.add_argument("--mesh", help=MESH_HELP)
+    verb.add_argument("--max-new-tokens", metavar="N", type=int, help="default 128")
+    verb.add_argument("--temperature", metavar="T", type=float, help="0 is greedy; 1 with --top-p or --top-k alone")
+    verb.add_argument("--top-p", metavar="P", type=float, help="draw among the fewest tokens that reach probability P")
+    verb.add_argument("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
+    verb.add_argument("--seed", metavar="S", type=int, help="the same seed draws the same text (default: a new one)")
+    verb.add_argument("--stop", metavar="TEXT", action="append",
+                      help="end where TEXT would come; may be repeated; a line break is $'\\n' in bash")
+    verb.add_argument("--dtype", choices=DTYPES, help="what it computes in (default: float32 on CPU, else the model's)")
+    verb.add_argument("--chat", action="store_true", help="each prompt is a user's message, by the chat template")
+    verb.add_argument("--distributed", action="store_true",
+                      help="one of several processes that run this same command (TPU pod slice, Slurm, Open MPI); the "
+                           "mesh spans all their devices and the first process prints")
+    verb.set_defaults(run=run_generate)
+
+    verb = verbs.add_parser("info", help="size, layers, and bytes per device",
+                            description="Tells a model's parameters, layers, and bytes on a mesh. Only the config.json "
+                                        "is needed, and no device.")
+    verb.add_argument("model", metavar="MODEL", help="a hub folder, a converted one, or one with only a config.json")
+    verb.add_argument("--mesh", help=MESH_HELP)
+    verb.set_defaults(run=run_info)
+    return parser
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    leave_accelerators()
+    done = convert(args.hub_dir, args.out_dir)
+    mtp = f", {done.num_mtp} MTP blocks among them" if done.num_mtp else ""
+    print(f"{done.folder}: {done.num_arrays} arrays{mtp}, {done.nbytes:,} bytes in {done.seconds:.1f} s")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    leave_accelerators()
+    print(describe(args.model, args.mesh))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    if args.distributed:
+        join_processes()
+    model = load(args.model, args.mesh, args.dtype)
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    prompts = [model.tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else prompt
+               for prompt in args.prompts]
+    heads = [f"> {prompt}\n" if args.chat else prompt for prompt in args.prompts]
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.distributed:    # processes must all run the same steps
+        for piece in itertools.chain(heads, model.stream(prompts[0], **settings), "\n"):
+            print(piece, end="", flush=True)
+        return
+    results = model.generate(prompts, **settings)
+    if jax.process_index() == 0:
+        print("\n---\n".join(head + result.text for head, result in zip(heads, results, strict=True)))
+
+
+def join_processes() -> None:
+    """Makes this process one of a job, before JAX looks for devices."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(f"--distributed: JAX finds no job that this process is part of ({error}); start it by a Cloud "
+                         "TPU pod slice, Slurm (srun) or Open MPI (mpirun)") from error
+
+
+def leave_accelerators() -> None:
+    """For commands that need none: opening a pod slice's TPU from one host would wait for the other hosts."""
+    jax.config.update("jax_platforms", "cpu")
