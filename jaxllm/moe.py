@@ -120,7 +120,8 @@ def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array
     x_MD = jax.lax.pcast(x_bTD.reshape(-1, D), ("expert", "tensor"), to="varying")
     out_RD = jax.lax.platform_dependent(x_MD, local_R, gate_eDI, up_eDI, down_eID,
                                         cpu=experts_by_block, default=experts_by_ragged_dot)
-    out = jnp.sum(out_RD.reshape(b, T, A, D) * weight_bTA[..., None], axis=2)
+    out_bTAD = out_RD.reshape(b, T, A, D)
+    out = sum(out_bTAD[:, :, a] * weight_bTA[:, :, a, None] for a in range(A))     # one loop on CPU; a reduction is not
     return jax.lax.psum(out, ("expert", "tensor"))
 
 

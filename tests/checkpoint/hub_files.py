@@ -15,7 +15,7 @@ from jaxllm.checkpoint.hubsource import HubSource
 from jaxllm.checkpoint.store import StoreSource
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}      # layers, for tiny_config
+SMALL = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}    # for tiny_config
 
 
 def write_raw(file: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
