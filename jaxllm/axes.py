@@ -41,6 +41,8 @@ def parse_mesh(text: str | Mapping[str, int] | None) -> dict[str, int]:
         sizes: dict[str, int] = {}
     elif isinstance(text, Mapping):
         sizes = dict(text)
+    elif not isinstance(text, str):
+        raise ValueError(f"mesh {text!r}: expected text as in \"data=2,expert=2,tensor=2\", a mapping, or None")
     else:
         sizes = {}
         for part in filter(None, text.replace(" ", "").split(",")):

@@ -70,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=DTYPES, help="what it computes in (default: float32 on CPU, else the model's)")
     verb.add_argument("--chat", action="store_true", help="each prompt is a user's message, by the chat template")
     verb.add_argument("--distributed", action="store_true",
-                      help="one of several processes that run this same command (TPU pod slice, Slurm, Open MPI); the "
-                           "mesh spans all their devices and the first process prints")
+                      help="one of several processes that run this same command, started by what JAX recognises (a TPU "
+                           "pod slice, Slurm); the mesh spans all their devices and the first process prints")
     verb.set_defaults(run=run_generate)
 
     verb = verbs.add_parser("info", help="size, layers, and bytes per device",
@@ -117,8 +117,8 @@ def join_processes() -> None:
     try:
         jax.distributed.initialize()
     except ValueError as error:
-        raise ValueError(f"--distributed: JAX finds no job that this process is part of ({error}); start it by a Cloud "
-                         "TPU pod slice, Slurm (srun) or Open MPI (mpirun)") from error
+        raise ValueError(f"--distributed: JAX finds no job that this process is part of ({error}); start the command "
+                         "on every host of a TPU pod slice, or by Slurm's srun") from error
 
 
 def leave_accelerators() -> None:

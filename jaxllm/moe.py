@@ -49,80 +49,80 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return min(128, max(min(16, power(2 * mean)), power(mean)))
 
 
-def experts_by_block(x_MD: jax.Array, local_R: jax.Array, gate_eDI: jax.Array, up_eDI: jax.Array, down_eID: jax.Array
-                     ) -> jax.Array:
-    """Expert outputs of all routed rows, float32 [R, D]; row r is token r // A under expert local_R[r].
+def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, gate_eDI: jax.Array,
+                     up_eDI: jax.Array, down_eID: jax.Array) -> jax.Array:
+    """Sum over each token's experts local_MA by weights weight_MA (float32): float32 [M, D].
 
-    Rows with local_R == e (no expert of this device) give zero. The rows are laid out in blocks that each belong to one
-    expert, and a loop over the blocks reads one expert's weights a time: an expert that nobody chose is never read.
+    local_MA == e means an expert of another device, which adds nothing. The R = M*A routed rows are laid out in blocks
+    that each belong to one expert, and a loop over the blocks reads one expert's weights a time: those of an expert
+    that nobody chose are never read.
     """
-    M, D = x_MD.shape
-    R, e = local_R.shape[0], gate_eDI.shape[0]
-    A, rows = R // M, block_rows(R, e)
+    (M, A), e = local_MA.shape, gate_eDI.shape[0]
+    R = M * A
+    rows = block_rows(R, e)
     num_blocks = min(R, e + R // rows)                              # the most that any imbalance can need
-    order_R = jnp.argsort(local_R)
-    sorted_R = local_R[order_R]
-    count_e = jnp.sum(local_R[:, None] == jnp.arange(e, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
-    start_e = jnp.cumsum(count_e) - count_e                         # of each expert's rows among the sorted ones
-    last_block_e = jnp.cumsum(-(-count_e // rows))
-    first_block_e = last_block_e - -(-count_e // rows)
+    order_R = jnp.argsort(local_MA.reshape(R))
+    count_e = count_rows(local_MA, e)
+    end_e = jnp.cumsum(count_e)                                     # of each expert's rows among the sorted ones
+    blocks_e = -(-count_e // rows)
+    end_block_e = jnp.cumsum(blocks_e)
     block_n = jnp.arange(num_blocks, dtype=jnp.int32)
-    expert_n = jnp.sum(block_n[:, None] >= last_block_e[None, :], axis=1, dtype=jnp.int32)
-    expert_n = jnp.minimum(expert_n, e - 1)
-    begin_n = start_e[expert_n] + (block_n - first_block_e[expert_n]) * rows
-    row_nb = jnp.clip(begin_n[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :], 0, R - 1)
-    token_nb = order_R[row_nb] // A
+    expert_n = jnp.minimum(jnp.sum(block_n[:, None] >= end_block_e[None, :], axis=1, dtype=jnp.int32), e - 1)
+    begin_n = (end_e - count_e)[expert_n] + (block_n - (end_block_e - blocks_e)[expert_n]) * rows
+    sorted_nb = begin_n[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
+    row_nb = order_R[jnp.minimum(sorted_nb, R - 1)]
+    token_nb = jnp.where(sorted_nb < end_e[expert_n][:, None], row_nb // A, M)      # M: fills up a block
+    weight_nb = weight_MA.reshape(R)[row_nb]
 
-    def compute(n: jax.Array, out: jax.Array) -> jax.Array:
-        x = x_MD[token_nb[n]]
+    def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
         gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert_n[n], 0, keepdims=False)
                           for w in (gate_eDI, up_eDI, down_eID))
+        x = x_MD.at[token_nb[n]].get(mode="clip")
         hidden = (jax.nn.silu(einsum("bd,di->bi", x, gate)) * einsum("bd,di->bi", x, up)).astype(x.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(out, einsum("bi,id->bd", hidden, down)[None], n, 0)
+        y = einsum("bi,id->bd", hidden, down) * weight_nb[n][:, None]
+        return out_MD.at[token_nb[n]].add(y, mode="drop")
 
-    def visit(n: jax.Array, out: jax.Array) -> jax.Array:
-        return jax.lax.cond(n < last_block_e[-1], compute, lambda n, out: out, n, out)
+    def visit(n: jax.Array, out_MD: jax.Array) -> jax.Array:
+        return jax.lax.cond(n < end_block_e[-1], compute, lambda n, out_MD: out_MD, n, out_MD)
 
-    zeros_nbD = jnp.zeros_like(x_MD, jnp.float32, (num_blocks, rows, D))
-    out_nbD = jax.lax.fori_loop(0, num_blocks, visit, zeros_nbD)
-    # where each routed row went: its place within its expert, from its expert's first block on
-    own = jnp.minimum(sorted_R, e - 1)
-    place_R = (first_block_e[own] * rows + jnp.arange(R, dtype=jnp.int32) - start_e[own])[jnp.argsort(order_R)]
-    out_RD = out_nbD.reshape(num_blocks * rows, D)[jnp.minimum(place_R, num_blocks * rows - 1)]
-    return jnp.where((local_R < e)[:, None], out_RD, 0.0)
+    return jax.lax.fori_loop(0, num_blocks, visit, jnp.zeros_like(x_MD, jnp.float32))
 
 
-def experts_by_ragged_dot(x_MD: jax.Array, local_R: jax.Array, gate_eDI: jax.Array, up_eDI: jax.Array,
-                          down_eID: jax.Array) -> jax.Array:
+def experts_by_ragged_dot(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, gate_eDI: jax.Array,
+                          up_eDI: jax.Array, down_eID: jax.Array) -> jax.Array:
     """As `experts_by_block`, by the grouped matrix product that GPU and TPU compilers have."""
-    M = x_MD.shape[0]
-    R, e = local_R.shape[0], gate_eDI.shape[0]
+    (M, A), e = local_MA.shape, gate_eDI.shape[0]
+    local_R = local_MA.reshape(M * A)
     order_R = jnp.argsort(local_R)
-    count_e = jnp.sum(local_R[:, None] == jnp.arange(e, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
+    count_e = count_rows(local_MA, e)
     precision = jax.lax.Precision.HIGHEST if x_MD.dtype == jnp.float32 else None
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(x, w, count_e, precision=precision, preferred_element_type=jnp.float32)
 
-    x_RD = x_MD[order_R // (R // M)]
+    x_RD = x_MD[order_R // A]
     hidden = (jax.nn.silu(product(x_RD, gate_eDI)) * product(x_RD, up_eDI)).astype(x_MD.dtype)
-    out_RD = product(hidden, down_eID)[jnp.argsort(order_R)]
-    return jnp.where((local_R < e)[:, None], out_RD, 0.0)          # rows past the last group may hold anything
+    y_RD = product(hidden, down_eID) * weight_MA.reshape(M * A)[order_R][:, None]
+    y_RD = jnp.where((local_R[order_R] < e)[:, None], y_RD, 0.0)   # rows past the last group may hold anything
+    return jnp.zeros_like(x_MD, jnp.float32).at[order_R // A].add(y_RD)
+
+
+def count_rows(local_MA: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [e]: how many tokens chose each of this device's experts."""
+    chosen_RE = local_MA.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
+    return jnp.sum(chosen_RE, axis=0, dtype=jnp.int32)
 
 
 def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array, gate_eDI: jax.Array,
                   up_eDI: jax.Array, down_eID: jax.Array) -> jax.Array:
     """The weighted sum of the chosen experts, float32 [b, T, D], summed over the devices that share the experts."""
-    b, T, D = x_bTD.shape
-    A, e = expert_bTA.shape[-1], gate_eDI.shape[0]
-    local = expert_bTA.reshape(-1) - jax.lax.axis_index("expert") * e
-    local_R = jnp.where((local >= 0) & (local < e), local, e)
+    D, A, e = x_bTD.shape[-1], expert_bTA.shape[-1], gate_eDI.shape[0]
+    local = expert_bTA - jax.lax.axis_index("expert") * e
+    local_MA = jnp.where((local >= 0) & (local < e), local, e).reshape(-1, A)
     x_MD = jax.lax.pcast(x_bTD.reshape(-1, D), ("expert", "tensor"), to="varying")
-    out_RD = jax.lax.platform_dependent(x_MD, local_R, gate_eDI, up_eDI, down_eID,
+    out_MD = jax.lax.platform_dependent(x_MD, local_MA, weight_bTA.reshape(-1, A), gate_eDI, up_eDI, down_eID,
                                         cpu=experts_by_block, default=experts_by_ragged_dot)
-    out_bTAD = out_RD.reshape(b, T, A, D)
-    out = sum(out_bTAD[:, :, a] * weight_bTA[:, :, a, None] for a in range(A))     # one loop on CPU; a reduction is not
-    return jax.lax.psum(out, ("expert", "tensor"))
+    return jax.lax.psum(out_MD, ("expert", "tensor")).reshape(x_bTD.shape)
 
 
 class MoE(nnx.Module):

@@ -4,9 +4,33 @@ Written from the MiMo-V2-Flash report (arXiv 2601.02780), DeepSeek-V3's routing 
 hub's modeling files, all of them in the plainest form: every score at once, every expert for every token. Letters as in
 jaxllm/axes.py.
 """
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray
+
+# Largest error as a share of the largest value. float32 rounds by 2^-24 = 6e-8, and sums of some hundred terms, exp and
+# the maxima that move during softmax take up to 20 times that. bfloat16 rounds by 2^-9; at most 4 roundings follow each
+# other in one piece (rotated q and k, softmax weights or hidden values, output), and they do not all add up.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}
+DTYPES = list(TOLERANCE)
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: str = "float32", std: float = 1.0) -> Array:
+    """Normal numbers as `dtype` holds them, in an array of that dtype."""
+    return (std * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def wide(*arrays: Array | None) -> list:
+    """The same values in float64."""
+    return [None if x is None else np.asarray(x, np.float64) for x in arrays]
+
+
+def check(ours: Array, expected: Array, dtype: str) -> None:
+    """Dtype, shape and values, the latter to the tolerance of `dtype`."""
+    assert ours.dtype == dtype and ours.shape == expected.shape
+    limit = TOLERANCE[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=0, atol=limit)
 
 
 def rms_norm(x_TD: Array, scale_D: Array, epsilon: float) -> Array:

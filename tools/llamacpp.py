@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from oracles import NUM_THREADS, Greedy, rope_settings, window_keys
@@ -63,6 +62,7 @@ class LlamaCpp:
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)   # kept: C holds a pointer to it
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        self.last: Session | None = None
         self.num_vocab = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.gguf"
@@ -73,44 +73,52 @@ class LlamaCpp:
         if not self.model:
             raise ValueError(f"{folder}: llama.cpp cannot load the file that its own converter made")
 
+    def session(self, B: int, length: int) -> "Session":
+        """A cleared session; the last one again when the sizes are the same, so that its buffers are warm."""
+        if self.last is None or (self.last.B, self.last.length) != (B, length):
+            if self.last is not None:
+                self.last.close()
+            self.last = Session(self, B, length)
+        self.last.clear()
+        return self.last
+
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         B, T = tokens_BT.shape
-        with Session(self, B, T) as session:
-            return session.step(tokens_BT, keep=T).copy()
+        return self.session(B, T).step(tokens_BT, keep=T).copy()
 
     def greedy(self, prompts_BT: np.ndarray, num_new: int) -> Greedy:
         B, T = prompts_BT.shape
-        with Session(self, B, T + num_new) as session:
-            start = time.perf_counter()
-            tokens_BT = np.empty((B, num_new), np.int32)
-            tokens_BT[:, 0] = session.step(prompts_BT, keep=1)[:, -1].argmax(-1)
-            first = time.perf_counter()
-            for t in range(1, num_new):
-                tokens_BT[:, t] = session.step(tokens_BT[:, t - 1 : t], keep=1)[:, -1].argmax(-1)
-            return Greedy(tokens_BT, first - start, time.perf_counter() - first)
+        session, tokens_BT = self.session(B, T + num_new), np.empty((B, num_new), np.int32)
+        start = time.perf_counter()
+        tokens_BT[:, 0] = session.step(prompts_BT, keep=1)[:, -1].argmax(-1)
+        first = time.perf_counter()
+        for t in range(1, num_new):
+            tokens_BT[:, t] = session.step(tokens_BT[:, t - 1 : t], keep=1)[:, -1].argmax(-1)
+        return Greedy(tokens_BT, first - start, time.perf_counter() - first)
 
 
 class Session:
     """One llama_context: B sequences of at most `length` tokens, all at the same position."""
 
     def __init__(self, owner: LlamaCpp, B: int, length: int):
-        self.lib, self.num_vocab, self.position = owner.lib, owner.num_vocab, 0
+        self.lib, self.num_vocab, self.B, self.length, self.position = owner.lib, owner.num_vocab, B, length, 0
         params = self.lib.llama_context_default_params()
         params.n_seq_max, params.n_ctx, params.n_batch = B, B * length, B * length
         params.n_threads = params.n_threads_batch = NUM_THREADS
-        params.type_k = params.type_v = 0                                           # GGML_TYPE_F32
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED            # it would want a float16 cache
+        params.type_k = params.type_v = 0                                   # GGML_TYPE_F32
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED    # it would want a float16 cache
         self.context = self.lib.llama_init_from_model(owner.model, params)
         if not self.context:
             raise ValueError(f"llama.cpp made no context of {B} sequences of {length} tokens")
         self.batch = self.lib.llama_batch_init(B * length, 0, 1)
 
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.lib.llama_batch_free(self.batch)
         self.lib.llama_free(self.context)
+
+    def clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        self.position = 0
 
     def step(self, tokens_BT: np.ndarray, keep: int) -> np.ndarray:
         """Advance every sequence by T tokens; logits [B, keep, W] of the last `keep`, valid until the next step."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxllm.cache import Cache
 from jaxllm.config import Config
-from jaxllm.generate.request import Prompt, Request, Settings, check_ids, make_request
+from jaxllm.generate.request import Prompt, Request, Settings, as_prompts, check_ids, make_request
 from jaxllm.generate.sample import Sampling
 from jaxllm.generate.step import advance, fetch, init_cache, on_mesh, place, prefill, start
 from jaxllm.generate.text import TextStream, Tokenizer
@@ -64,7 +64,7 @@ class Model:
         if tokens.ndim != 2 or not tokens.size:
             raise ValueError(f"logits wants token ids [B, T], at least one, but got shape {list(tokens.shape)}")
         check_ids("logits", tokens.ravel().tolist(), self.config)
-        padded = np.pad(tokens, ((0, -len(tokens) % self.mesh.shape["data"]), (0, 0)))
+        padded = np.pad(tokens.astype(np.int32), ((0, -len(tokens) % self.mesh.shape["data"]), (0, 0)))
         with on_mesh(self.transformer):
             out = _logits(self.transformer, place(self.transformer, padded, "batch", None))
         return fetch(self.transformer, out)[0][:len(tokens)]
@@ -75,8 +75,8 @@ class Model:
         Settings: see `Settings`. What a row gets depends on its prompt, its settings and its seed, not on the rest of
         the batch and not on the mesh. ValueError names a prompt or a setting that cannot be.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        request = make_request([prompts] if single else prompts, self.config, self._tokenizer, **settings)
+        prompts, single = as_prompts(prompts)
+        request = make_request(prompts, self.config, self._tokenizer, **settings)
         rows = [self._row(request) for _ in request.prompts]
         for _ in self._run(request, rows, BLOCK if request.stop else request.max_new_tokens):
             pass

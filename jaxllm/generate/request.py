@@ -1,6 +1,5 @@
 """What a caller asks for, checked before anything runs: prompts as tokens, and the settings of each row."""
 import dataclasses
-import math
 import secrets
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -13,6 +12,8 @@ from jaxllm.generate.sample import Kind
 from jaxllm.generate.text import Tokenizer
 
 Prompt = str | Sequence[int]
+_PROMPTS = "expected a text, a list of token ids, or a non-empty list of them"
+_HIGHEST = float(np.finfo(np.float32).max)
 
 
 class Settings(TypedDict, total=False):
@@ -22,7 +23,7 @@ class Settings(TypedDict, total=False):
     top_k: int | Sequence[int] | None               # draw among the k likeliest; 0 or None: all
     top_p: float | Sequence[float] | None           # and among the fewest whose probability reaches p; None: all
     seed: int | Sequence[int] | None                # of the draws; None: a new one each call
-    stop: str | Sequence[str]                       # strings that end a text, themselves left out
+    stop: str | Sequence[str] | None                # strings that end a text, themselves left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +48,14 @@ class Request:
 
 def make_request(prompts: Sequence[Prompt], config: Config, tokenizer: Tokenizer | None, *, max_new_tokens: int = 128,
                  temperature: Any = None, top_k: Any = None, top_p: Any = None, seed: Any = None,
-                 stop: str | Sequence[str] = ()) -> Request:
+                 stop: str | Sequence[str] | None = None) -> Request:
     """A request; ValueError names the prompt or setting that cannot be, what it was and what is accepted."""
-    if not prompts:
-        raise ValueError("no prompts were given: expected a text, a list of token ids, or a non-empty list of them")
     if not _is_int(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: expected a whole number from 1 up")
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop = {list(stop)!r}: expected strings that are not empty")
-    if stop and tokenizer is None:
+    stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop = {stop!r}: expected strings that are not empty")
+    if stops and tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this model's folder has none")
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
@@ -66,13 +65,13 @@ def make_request(prompts: Sequence[Prompt], config: Config, tokenizer: Tokenizer
     B = len(tokens)
     return Request(
         tokens, int(max_new_tokens),
-        _column("temperature", temperature, B, np.float32, lambda x: 0 <= x < math.inf, "a number from 0 up"),
+        _column("temperature", temperature, B, np.float32, lambda x: 0 <= x <= _HIGHEST, "a number from 0 up, finite"),
         _column("top_k", 0 if top_k is None else top_k, B, np.int32,
                 lambda x: _is_int(x) and 0 <= x < 2**31, "a whole number from 1 up, or 0 for all"),
         _column("top_p", 1.0 if top_p is None else top_p, B, np.float32, lambda x: 0 < x <= 1,
                 "a number above 0 and up to 1"),
         _column("seed", seed, B, np.uint32, lambda x: _is_int(x) and 0 <= x < 2**32, "a whole number from 0 to 2^32-1"),
-        stop)
+        tuple(stops))
 
 
 def _is_int(x: Any) -> bool:
@@ -81,13 +80,30 @@ def _is_int(x: Any) -> bool:
 
 def _column(name: str, value: Any, num: int, dtype: type, accepts: Any, accepted: str) -> np.ndarray:
     """One value for every prompt, or a list with one for each, as an array [num]."""
-    values = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else [value] * num
+    value = value.tolist() if isinstance(value, np.ndarray | jax.Array) else value
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * num
     if len(values) != num:
         raise ValueError(f"{name} has {len(values)} values for {num} prompts")
     for x in values:
         if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating) or not accepts(x):
             raise ValueError(f"{name} = {x!r}: expected {accepted}")
     return np.asarray(values, dtype)
+
+
+def as_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
+    """A list of prompts, and whether it is of a single one that was given alone: a text, or token ids.
+
+    ValueError if there is none, or something else was given.
+    """
+    prompts = prompts.tolist() if isinstance(prompts, np.ndarray | jax.Array) else prompts
+    if isinstance(prompts, str):
+        return [prompts], True
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise ValueError(f"prompts = {prompts!r}: {_PROMPTS}")
+    if not prompts:
+        raise ValueError(f"no prompts were given: {_PROMPTS}")
+    single = not isinstance(prompts[0], Sequence | np.ndarray | jax.Array)
+    return ([prompts] if single else list(prompts)), single
 
 
 def _tokens(i: int, prompt: Prompt, config: Config, tokenizer: Tokenizer | None, max_new_tokens: int) -> list[int]:
@@ -97,6 +113,9 @@ def _tokens(i: int, prompt: Prompt, config: Config, tokenizer: Tokenizer | None,
                              "give prompts as lists of token ids and read .tokens")
         tokens = tokenizer.encode(prompt)
     else:
+        prompt = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise ValueError(f"prompt {i} is {prompt!r}: expected a text or a list of token ids")
         tokens = list(prompt)
     if not tokens:
         raise ValueError(f"prompt {i} is empty: there is nothing to continue")
