@@ -11,13 +11,13 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxllm.attention import Attention
-from jaxllm.axes import degree, mesh_axes, spec
+from jaxllm.axes import MESH_AXES, degree, mesh_axes, spec
 from jaxllm.cache import Cache, LayerCache
 from jaxllm.config import Config, LayerSpec
-from jaxllm.linear import einsum, param
+from jaxllm.linear import matmul_in_parts, param
 from jaxllm.mlp import MLP
 from jaxllm.moe import MoE
 from jaxllm.norm import RMSNorm
@@ -82,10 +82,8 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, W], the vocabulary split over the mesh, from hidden states before the final norm."""
-        x = self.norm(x_BTD)
-        if self.head_DW is None:
-            return einsum("btd,wd->btw", x, self.embed_WD[...])
-        return einsum("btd,dw->btw", x, self.head_DW[...])
+        head_DW = self.embed_WD[...].T if self.head_DW is None else self.head_DW[...]
+        return matmul_in_parts(self.norm(x_BTD), head_DW)
 
 
 def rope_kind(layer: LayerSpec) -> tuple[int, float]:
@@ -100,6 +98,8 @@ def stored_layers(config: Config, mesh: Mesh | AbstractMesh) -> list[LayerSpec]:
 
 def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """ValueError naming dimension, size and mesh axes if some dim cannot be split over this mesh."""
+    if set(mesh.axis_names) != set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise ValueError(f"the mesh must have the explicit axes {', '.join(MESH_AXES)}, as of make_mesh; found {mesh}")
     split: list[tuple[str, int | None, str]] = [("vocab_size", config.vocab_size, "vocab")]
     if not all(layer.is_moe for layer in config.layers):
         split.append(("intermediate_size", config.intermediate_size, "mlp"))

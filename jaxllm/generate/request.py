@@ -113,10 +113,10 @@ def _tokens(i: int, prompt: Prompt, config: Config, tokenizer: Tokenizer | None,
                              "give prompts as lists of token ids and read .tokens")
         tokens = tokenizer.encode(prompt)
     else:
-        prompt = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise ValueError(f"prompt {i} is {prompt!r}: expected a text or a list of token ids")
-        tokens = list(prompt)
+        ids: Any = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+        if not isinstance(ids, Sequence) or isinstance(ids, bytes):
+            raise ValueError(f"prompt {i} is {ids!r}: expected a text or a list of token ids")
+        tokens = list(ids)
     if not tokens:
         raise ValueError(f"prompt {i} is empty: there is nothing to continue")
     check_ids(f"prompt {i}", tokens, config)

@@ -9,9 +9,10 @@ from hub_maker import tiny_config, write_hub
 from safetensors.numpy import load_file, save_file
 
 # Every language, and emoji of one code point and of several.
-RECITAL = ("上海的菜单已经打开,今天没有纸了。The menu shows \"Settings\" twice; Settings!\n\nプリンターの電源が入っています。"
-           "프린터가 켜져 있습니다. Où est « le café » ? Größe ändern, schöne Grüße. ¿Dónde está el señor? ok 🙂 "
-           "👩‍👩‍👧‍👦, then one more line of plain words, so that more than the default number of tokens is there: fin.")
+RECITAL = ("上海的菜单已经打开,今天没有纸了。The menu shows \"Settings\" twice; Settings!\n\n"
+           "プリンターの電源が入っています。프린터가 켜져 있습니다. Où est « le café » ? Größe ändern, "
+           "schöne Grüße. ¿Dónde está el señor? ok 🙂 👩‍👩‍👧‍👦, then one more line of plain words, so that more than "
+           "the default number of tokens is there: fin.")
 
 
 @dataclasses.dataclass(frozen=True)

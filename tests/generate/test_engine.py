@@ -2,6 +2,7 @@
 import codecs
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from reciter import RECITAL, write_reciter
 import jaxllm
 from jaxllm.generate import engine
 
-NANO = "configs/mimo-nano"
-LANGUAGES = ["今天上海是", "The menu of this printer", "プリンターの電源", "프린터가 ", "L'imprimante est", "Der Drucker läuft",
-             "¿Dónde está"]
+NANO = Path(__file__).parents[2] / "configs" / "mimo-nano"
+LANGUAGES = ["今天上海是", "The menu of this printer", "プリンターの電源", "프린터가 ", "L'imprimante est",
+             "Der Drucker läuft", "¿Dónde está"]
 
 
 def expected(reciter, i, num, stops=()):
@@ -168,8 +169,9 @@ def test_stop_ids(tmp_path, config_eos, generation_eos, stops):
 
 
 # From the first to beyond the third block of 16; inside one token, over two and over many; in every script.
-STOPS = [["上"], ["菜单"], ["The"], ["Settings"], ["Settings!"], ["\n\n"], ["プリンター"], ["가"], ["é »"], ["¿Dónde está"],
-         ["🙂"], ["👩‍👩‍👧‍👦, then"], ["absent"], ["Settings!", "tings"], ["ings", "Settings"], ["absent", "\n", "!\n"]]
+STOPS = [["上"], ["菜单"], ["The"], ["Settings"], ["Settings!"], ["\n\n"], ["プリンター"], ["가"], ["é »"],
+         ["¿Dónde está"], ["🙂"], ["👩‍👩‍👧‍👦, then"], ["absent"], ["Settings!", "tings"],
+         ["ings", "Settings"], ["absent", "\n", "!\n"]]
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=" ".join)
