@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
+        if type(error).__module__.partition(".")[0] not in ("builtins", "jaxllm"):
+            raise                       # a kind of ValueError that JAX or numpy has for its callers' mistakes: ours
         print("jaxllm: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ def describe(path: str | os.PathLike[str], mesh: str | Mapping[str, int] | None 
                     f"{config.vocab_size}, up to {config.max_position_embeddings} tokens"],
         "parameters": _parameters(config),
         "weights": textwrap.wrap(_weights(folder, config), WIDTH - LABEL),
-        "layers": [*textwrap.wrap(_layers(config), WIDTH - LABEL, break_on_hyphens=False), *_kinds_of_layers(config)],
+        "layers": [*_layers(config), *_kinds_of_layers(config)],
         "mesh": [f"{axes}; weights and cache in {dtype}, routers, sinks and biases in float32"],
         "bytes": device_bytes(arrays),
         "cache": _cache(config, dtype.itemsize, abstract_mesh.shape["tensor"], abstract_mesh.shape["data"]),
@@ -109,15 +109,16 @@ def _weights(folder: Path, config: Config) -> str:
             f"{nbytes:,} bytes")
 
 
-def _layers(config: Config) -> str:
-    """Runs of equal layers: "0 full dense | 1-4 sliding moe | ..."."""
+def _layers(config: Config) -> list[str]:
+    """Runs of equal layers, on lines: "0 full dense | 1-4 sliding moe | ..."."""
     runs = []
     for layer, group in itertools.groupby(range(config.num_hidden_layers), lambda i: config.layers[i]):
         first, *others = group
         number = f"{first}-{others[-1]}" if others else f"{first}"
-        # no-break spaces: a run stays on one line
-        runs.append(f"{number}\xa0{_attention(layer)}\xa0{'moe' if layer.is_moe else 'dense'}")
-    return " | ".join(runs)
+        runs.append(f"{number} {_attention(layer)} {'moe' if layer.is_moe else 'dense'}")
+    unbroken = " | ".join(run.replace(" ", "\xa0") for run in runs)      # a run stays on one line
+    lines = textwrap.wrap(unbroken, WIDTH - LABEL, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _attention(layer: LayerSpec) -> str:

@@ -1,7 +1,8 @@
 """The MiMo-V2 transformer: embedding, pre-norm layers of attention and MLP or experts, final norm, head.
 
-Numerics, the same everywhere: weights and activations in the model's dtype; matrix products accumulate in float32;
-softmax, norms, rope and routing in float32; router, its bias and the sinks are float32 parameters.
+Numerics, the same everywhere: weights and activations in the model's dtype (experts may be narrower, moe.py); matrix
+products accumulate in float32; softmax, norms, rope and routing in float32; router, its bias and the sinks are float32
+parameters.
 Sources: MiMo-V2-Flash report (arXiv 2601.02780); the hub's modeling files.
 """
 import dataclasses

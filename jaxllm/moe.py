@@ -2,7 +2,8 @@
 
 Every device holds some experts whole or in slices and computes what its tokens ask of them: the M*A routed rows are
 sorted by expert, so each expert is one matrix product over as many rows as chose it, and the sum over devices gives the
-output. No row is ever dropped, whatever the imbalance.
+output. No row is ever dropped, whatever the imbalance. Expert weights may be of a narrower dtype than the activations:
+they are widened as they are used.
 """
 import math
 
@@ -75,7 +76,7 @@ def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array,
     weight_nb = weight_MA.reshape(R)[row_nb]
 
     def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
-        gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert_n[n], 0, keepdims=False)
+        gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert_n[n], 0, keepdims=False).astype(x_MD.dtype)
                           for w in (gate_eDI, up_eDI, down_eID))
         x = x_MD.at[token_nb[n]].get(mode="clip")
         hidden = (jax.nn.silu(einsum("bd,di->bi", x, gate)) * einsum("bd,di->bi", x, up)).astype(x.dtype)
@@ -98,7 +99,8 @@ def experts_by_ragged_dot(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.A
     precision = jax.lax.Precision.HIGHEST if x_MD.dtype == jnp.float32 else None
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(x, w, count_e, precision=precision, preferred_element_type=jnp.float32)
+        return jax.lax.ragged_dot(x, w.astype(x.dtype), count_e, precision=precision,
+                                  preferred_element_type=jnp.float32)
 
     x_RD = x_MD[order_R // A]
     hidden = (jax.nn.silu(product(x_RD, gate_eDI)) * product(x_RD, up_eDI)).astype(x_MD.dtype)

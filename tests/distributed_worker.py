@@ -3,7 +3,7 @@
     python distributed_worker.py '{"coordinator": "127.0.0.1:1234", "process": 0, "num_processes": 2, "out": FILE,
                                    "loads": [[FOLDER, MESH, WHAT], ...]}'
 
-WHAT is "all", "greedy" or "nothing": what is generated once the model is loaded.
+WHAT names the texts that are written once the model is loaded: a key of TEXTS.
 """
 import json
 import sys
@@ -40,19 +40,24 @@ def write(model, **settings):
     return [[out.tokens, out.text, out.finish_reason] for out in found]
 
 
-def write_in_every_way(model):
+def write_drawn(model):
+    return write(model, temperature=[0.8, 1.0, 0.0], top_p=0.95, top_k=50, seed=[7, 8, 9])
+
+
+def write_all(model):
     """Greedy, up to a stop string that is the middle of the second text, and drawn with stated seeds."""
-    found = {"greedy": write(model)}
-    text = found["greedy"][1][1]
-    found["stop"] = text[len(text) // 2:][:4]
-    found["stopped"] = write(model, stop=found["stop"])
-    found["drawn"] = write(model, temperature=[0.8, 1.0, 0.0], top_p=0.95, top_k=50, seed=[7, 8, 9])
-    return found
+    greedy = write(model)
+    text = greedy[1][1]
+    stop = text[len(text) // 2:][:4]
+    return {"greedy": greedy, "stop": stop, "stopped": write(model, stop=stop), "drawn": write_drawn(model)}
 
 
-def write_unseeded(model):
-    """Drawn with a seed that nobody stated."""
-    return write(model, temperature=1.0, top_p=0.95)
+TEXTS = {
+    "nothing": lambda model: {},
+    "greedy": lambda model: {"greedy": write(model)},
+    "drawn": lambda model: {"drawn": write_drawn(model), "unseeded": write(model, temperature=1.0, top_p=0.95)},
+    "all": write_all,
+}
 
 
 def load_counted(folder, mesh):
@@ -64,9 +69,7 @@ def load_counted(folder, mesh):
 
 def run(folder, mesh, what):
     model, read_bytes = load_counted(folder, mesh)
-    if what == "all":
-        return {"read_bytes": read_bytes, "unseeded": write_unseeded(model)} | write_in_every_way(model)
-    return {"read_bytes": read_bytes} | ({"greedy": write(model)} if what == "greedy" else {})
+    return {"read_bytes": read_bytes} | TEXTS[what](model)
 
 
 def refusal_of_a_mesh_without_all_devices():
