@@ -1,7 +1,7 @@
 """One of the processes of test_distributed.py: joins the job, loads and generates, and writes down what it saw.
 
-    python distributed_worker.py '{"coordinator": "127.0.0.1:1234", "process": 0, "num_processes": 2, "out": FILE,
-                                   "loads": [[FOLDER, MESH, WHAT], ...]}'
+    python distributed_worker.py '{"coordinator": "127.0.0.1:1234", "process": 0, "num_processes": 2, "limit": SECONDS,
+                                   "out": FILE, "loads": [[FOLDER, MESH, WHAT], ...]}'
 
 WHAT names the texts that are written once the model is loaded: a key of TEXTS.
 """
@@ -83,7 +83,9 @@ def main(job):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(job["coordinator"], job["num_processes"], job["process"], initialization_timeout=120)
+    # the test has a time limit of its own; a process on a busy machine is not to be taken for dead before
+    jax.distributed.initialize(job["coordinator"], job["num_processes"], job["process"],
+                               initialization_timeout=job["limit"], heartbeat_timeout_seconds=job["limit"])
     found = {"num_devices": len(jax.devices()), "num_local_devices": len(jax.local_devices()),
              "refusal": refusal_of_a_mesh_without_all_devices(), "loads": [run(*load) for load in job["loads"]]}
     Path(job["out"]).write_text(json.dumps(found))

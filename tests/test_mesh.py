@@ -26,8 +26,8 @@ TINY = tiny_config(vocab_size=256, num_hidden_layers=3, hybrid_layer_pattern=[0,
 PROMPT_LENGTHS = (1, 5, 8, 12, 3, 9, 2, 7)      # below, at and past the window of 8
 NUM_TOKENS = 32                                 # four windows
 
-# A mesh only changes the order in which float32 sums are taken (over devices, over batches of other shapes); that moves
-# logits of standard deviation 2 by up to 7e-6 here.
+# A mesh, a batch of another shape and a cache only change the order in which float32 sums are taken; that moves logits of
+# standard deviation 2 by up to 1.0e-5 here.
 TOLERANCE = 2e-5
 
 
@@ -114,7 +114,11 @@ def write(model, prompts, seed=(1, 2, 3), **settings):
 
 @pytest.fixture(scope="module")
 def expected_tokens(one_device, prompts):
-    """One device's choices, drawn and greedy (the second row)."""
+    """One device's choices, drawn and greedy (the second row).
+
+    Differences of 1e-5 would change one of these 72 only where two candidates are that close, about once in 1000 runs
+    of other seeds.
+    """
     tokens = write(one_device, prompts)
     assert all(len(row) == DRAWN["max_new_tokens"] for row in tokens)
     return tokens
