@@ -41,7 +41,8 @@ def num_slots(layer: LayerSpec, max_len: int, in_flight: int = 1) -> int:
 
 
 def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flight: int = 1, tensor: int = 1) -> int:
-    """Bytes of all layers' slots over all devices, in closed form; kv heads are repeated up to the tensor degree."""
+    """Bytes of all layers' slots, in closed form: of one copy, split over `data` and `tensor`, while the devices along
+    `expert` each hold one. kv heads are repeated up to the tensor degree."""
     return sum(batch * max(layer.num_kv_heads, tensor) * num_slots(layer, max_len, in_flight)
                * (layer.head_dim + layer.v_head_dim) * itemsize for layer in config.layers)
 

@@ -213,6 +213,12 @@ def test_a_prompt_longer_than_the_cache_gives_nan(model, tokens_BT, full_BTW):
     np.testing.assert_allclose(logits_BW[2:], full_BTW[[2, 3], [11, 1]], rtol=0, atol=TOLERANCE)
 
 
+def test_an_overrun_gives_nan_without_full_layers(tmp_path, tokens_BT):
+    model = jaxllm.load(write_model(tmp_path, hybrid_layer_pattern=[1, 1, 1]), dtype="float32")
+    logits_BW, _ = feed(model, new_cache(model, max_len=WINDOW - 2), tokens_BT, [6, 7, 5, 2], 7)
+    np.testing.assert_array_equal(np.isnan(logits_BW).all(-1), [True, True, False, False])
+
+
 def test_the_cache_is_donated(model, tokens_BT):
     """All of it, without a warning (warnings are errors here): the shapes are new, so the program is compiled here."""
     cache = new_cache(model, 3)

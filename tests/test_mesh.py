@@ -26,8 +26,8 @@ TINY = tiny_config(vocab_size=256, num_hidden_layers=3, hybrid_layer_pattern=[0,
 PROMPT_LENGTHS = (1, 5, 8, 12, 3, 9, 2, 7)      # below, at and past the window of 8
 NUM_TOKENS = 32                                 # four windows
 
-# A mesh, a batch of another shape and a cache only change the order in which float32 sums are taken; that moves logits of
-# standard deviation 2 by up to 1.0e-5 here.
+# A mesh, a batch of another shape and a cache only change the order in which float32 sums are taken; that moves logits
+# of standard deviation 2 by up to 1.0e-5 here.
 TOLERANCE = 2e-5
 
 
@@ -146,6 +146,7 @@ def test_a_converted_folder_gives_the_same_arrays(model, kind, folders, one_devi
         repeats = [a // b for a, b in zip(ours.shape, single.shape, strict=True)]
         assert max(repeats) == 1 or str(path[-2].name) in ("k_DKH", "v_DKV") and repeats[::2] == [1, 1], path
         single = np.repeat(single, repeats[1], axis=1) if max(repeats) > 1 else np.asarray(single)
+        assert ours.dtype == single.dtype, path
         np.testing.assert_array_equal(ours, single, err_msg=str(path))
 
 
@@ -233,8 +234,7 @@ def test_a_mesh_larger_than_the_devices(mesh, folders):
      "swa_num_key_value_heads = 12 does not fit mesh axis tensor = 8"),
 ])
 def test_dims_that_cannot_be_split(changes, mesh, message, tmp_path):
-    """The error comes before any weights are looked for: the folder has none."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY | changes))
+    write_hub(tmp_path, TINY | changes)
     with pytest.raises(ValueError) as error:
         jaxllm.load(tmp_path, mesh=mesh)
     assert message in str(error.value)

@@ -6,6 +6,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
@@ -55,7 +56,7 @@ def kept_narrow(path: str, leaf: jax.ShapeDtypeStruct, source: Source) -> jax.Sh
     if not path.endswith((".gate_EDI", ".up_EDI", ".down_EID")) or path not in source.params:
         return leaf
     stored = source.params[path][1]
-    return leaf.update(dtype=stored) if jnp.promote_types(stored, leaf.dtype) == leaf.dtype else leaf
+    return leaf.update(dtype=stored) if np.can_cast(stored, leaf.dtype) else leaf
 
 
 def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype) -> Transformer:

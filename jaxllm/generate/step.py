@@ -53,7 +53,8 @@ def prefill(model: Transformer, cache: Cache, tokens_BT: ArrayLike, length_B: Ar
 
     tokens_BT is int32 [B, T]; the first length_B (int32 [B], default T) of each row count, the rest is padding. Rows of
     any lengths may be mixed, and a prompt may come in chunks of any size, with the same result. A row without tokens
-    (length 0) stays as it is, its logits mean nothing. Past the cache's max_len a row's logits are NaN.
+    (length 0) stays as it is, its logits mean nothing. A row that outgrows the slots (max_len, if some layer is full)
+    gets NaN.
     """
     length_B = np.full(np.shape(tokens_BT)[:1], np.shape(tokens_BT)[1]) if length_B is None else length_B
     with on_mesh(model):
@@ -116,7 +117,7 @@ def last_logits(model: Transformer, cache: Cache, tokens_BT: jax.Array, length_B
     x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1) if tokens_BT.shape[1] > 1 else x_BTD
     logits_BW = model.logits(x_B1D)[:, 0]
     room = min((layer.num_slots for layer, kind in zip(new.layers, model.config.layers, strict=True)
-                if kind.window is None), default=None)
+                if kind.window is None or layer.num_slots < kind.window), default=None)     # what would wrap too early
     if room is not None:
         logits_BW = jnp.where((new.length_B <= room)[:, None], logits_BW, jnp.nan)
     return logits_BW, new
