@@ -86,14 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    leave_accelerators()
+    jax.config.update("jax_platforms", "cpu")       # opening a pod slice's TPU from one host would wait for the others
     done = convert(args.hub_dir, args.out_dir)
     mtp = f", {done.num_mtp} MTP blocks among them" if done.num_mtp else ""
     print(f"{done.folder}: {done.num_arrays} arrays{mtp}, {done.nbytes:,} bytes in {done.seconds:.1f} s")
 
 
 def run_info(args: argparse.Namespace) -> None:
-    leave_accelerators()
     print(describe(args.model, args.mesh))
 
 
@@ -121,8 +120,3 @@ def join_processes() -> None:
     except ValueError as error:
         raise ValueError(f"--distributed: JAX finds no job that this process is part of ({error}); start the command "
                          "on every host of a TPU pod slice, or by Slurm's srun") from error
-
-
-def leave_accelerators() -> None:
-    """For commands that need none: opening a pod slice's TPU from one host would wait for the other hosts."""
-    jax.config.update("jax_platforms", "cpu")

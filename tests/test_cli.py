@@ -224,7 +224,7 @@ def test_convert_then_generate(tmp_path, capsys):
 
 
 def test_convert_and_info_leave_accelerators_alone(tmp_path):
-    """On a host of a TPU pod slice, opening the TPU would wait for the others: here no such platform can be opened."""
+    """On a host of a TPU pod slice, opening the TPU would wait for the others; here there is none to be opened."""
     env = {"JAX_PLATFORMS": "no_such_platform"}
     for arguments in (["convert", NANO, str(tmp_path / "out")], ["info", NANO]):
         done = run(*arguments, env=env)
@@ -235,7 +235,9 @@ def test_convert_and_info_leave_accelerators_alone(tmp_path):
 def test_a_reader_that_has_enough():
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.Popen([sys.executable, "-m", "jaxllm", "info", NANO], stdout=write, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-m", "jaxllm", "info", NANO], stdout=write, stderr=subprocess.PIPE,
+                               env=buffered)
     os.close(write)
     assert process.communicate()[1] == b"" and process.returncode == 1
 

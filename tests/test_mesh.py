@@ -102,7 +102,7 @@ def test_prefill_and_decode(model, tokens_BT, expected_BTW):
 @pytest.fixture(scope="module")
 def prompts(tokens_BT):
     """Three: no multiple of a data axis of 2 or 8."""
-    return [row[:length].tolist() for row, length in zip(tokens_BT, (1, 9, 5), strict=False)]
+    return [row[:length].tolist() for row, length in zip(tokens_BT, (1, 5, 9), strict=False)]
 
 
 DRAWN = {"max_new_tokens": 24, "temperature": [0.7, 0.0, 1.0], "top_k": [0, 0, 20], "top_p": [0.9, 1.0, 1.0]}
@@ -129,11 +129,10 @@ def test_drawn_tokens(model, prompts, expected_tokens):
 
 
 @pytest.mark.parametrize("model", ["8x1x1"], indirect=True)
-@pytest.mark.parametrize("row", [1, 2])
-def test_one_prompt_on_a_data_axis_of_8(model, row, prompts, expected_tokens):
-    """The same as among others. All settings are given as for the batch, so that the same program runs."""
-    settings = {name: [values[row]] for name, values in DRAWN.items() if name != "max_new_tokens"}
-    assert write(model, [prompts[row]], [row + 1], **settings) == [expected_tokens[row]]
+def test_one_prompt_on_a_data_axis_of_8(model, prompts, expected_tokens):
+    """The same as among others; the third row, since it is the longest and so needs no other program."""
+    settings = {name: values[2] for name, values in DRAWN.items() if name != "max_new_tokens"}
+    assert write(model, prompts[2:], [3], **settings) == expected_tokens[2:]
 
 
 @pytest.mark.parametrize("kind", ["hub", "converted"])
