@@ -106,7 +106,7 @@ class Session:
         params.n_seq_max, params.n_ctx, params.n_batch = B, B * length, B * length
         params.n_threads = params.n_threads_batch = NUM_THREADS
         params.type_k = params.type_v = 0                                   # GGML_TYPE_F32
-        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED    # it would want a float16 cache
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_ENABLED     # prefill of 512 in a third of the time
         self.context = self.lib.llama_init_from_model(owner.model, params)
         if not self.context:
             raise ValueError(f"llama.cpp made no context of {B} sequences of {length} tokens")
