@@ -11,9 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxllm
-from jaxllm.cache import empty_layer
 from jaxllm.generate.load import abstract_model
-from jaxllm.model import check_mesh, stored_layers
+from jaxllm.model import check_mesh
 
 FOLDERS = sorted((Path(__file__).parent.parent / "configs").glob("MiMo-*"))
 MESHES = ("expert=64,tensor=8", "data=2,expert=32,tensor=8", "data=8,expert=8,tensor=8", "expert=128,tensor=4",
@@ -69,14 +68,7 @@ def expected_bytes_per_device(config, mesh, itemsize):
 
 
 def abstract_cache(config, mesh, batch, max_len, in_flight=1):
-    """What `init_cache` would make."""
-    def make():
-        layers = tuple(empty_layer(layer, batch, max_len, in_flight, jnp.dtype("bfloat16"))
-                       for layer in stored_layers(config, mesh))
-        return jaxllm.Cache(layers, jnp.zeros((batch,), jnp.int32, out_sharding=P("data")))
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.eval_shape(make)
+    return jax.eval_shape(lambda: jaxllm.init_cache(config, mesh, batch, max_len, in_flight))
 
 
 def test_all_releases_are_here():

@@ -1,10 +1,11 @@
 """Time other implementations of MiMo-V2 on one hub folder, as `make bench` times ours beside them.
 
-    python tools/peers.py [transformers|mlx|llamacpp ...] --model configs/mimo-nano [--python OTHER_VENV/bin/python]
+    python tools/peers.py [PEER ...] --model configs/mimo-nano [--python OTHER_VENV/bin/python]
 
 One JSON object a line: peer, version, decode_tok_s_b1, _b8, _b32 (all rows together: 63 steps after the first token of
 64, from prompts of 32) and prefill512_s (one prompt of 512 until its first token is known); or peer and `absent`, the
-reason. Greedy, float32 weights and cache, 2 threads, median of repetitions after a warm-up. tests/golden/README.md says
+reason. Greedy, float32 weights and cache, 2 threads, median of repetitions after a warm-up. Peers: transformers, mlx,
+llamacpp, and llamacpp-flash, llama.cpp at its fastest, where attention is no longer float32. tests/golden/README.md says
 how to make the environment.
 """
 import argparse
@@ -29,16 +30,16 @@ def load_peer(peer: str, model: str) -> Any:
     """The peer with `model` loaded; ImportError when its package is absent."""
     import oracles  # in here: whoever only calls `measure` needs none of it
 
-    if peer == "llamacpp":
+    if peer.startswith("llamacpp"):
         from llamacpp import LlamaCpp
-        return LlamaCpp(model)
+        return LlamaCpp(model, flash=peer == "llamacpp-flash")
     if peer == "mlx":
         return oracles.Mlx(model)
     # The fastest of transformers' ways to run experts here: at batch 8 850 tokens/s where eager does 700.
     return oracles.Transformers(model, experts="grouped_mm")
 
 
-PEERS = ("transformers", "mlx", "llamacpp")
+PEERS = ("transformers", "mlx", "llamacpp", "llamacpp-flash")
 
 
 def median_of(seconds: Callable[[], float]) -> float:

@@ -40,8 +40,8 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
     use_compile_cache()
-    source = open_source(folder)
     abstract = abstract_model(config, mesh, jnp.dtype(dtype))
+    source = open_source(folder)
     arrays = load_arrays(source, {path: kept_narrow(path, leaf, source) for path, leaf in parameters(abstract).items()})
     transformer = jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], abstract)
     return Model(transformer, mesh, Tokenizer.from_dir(folder, config.vocab_size),

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxllm.axes import spec
@@ -32,18 +32,19 @@ class State:
     limit_B: jax.Array      # int32, new tokens wanted
 
 
-def init_cache(config: Config, mesh: Mesh, batch: int, max_len: int, in_flight: int = 1,
+def init_cache(config: Config, mesh: Mesh | AbstractMesh, batch: int, max_len: int, in_flight: int = 1,
                dtype: jnp.dtype = jnp.bfloat16) -> Cache:
     """An empty cache for rows of up to `max_len` tokens, split over `mesh`.
 
     Full layers have max_len slots, sliding ones window + in_flight - 1: `in_flight` is the most tokens that a decode
     step adds to a row (prefill may add more, it reads its own tokens). Bytes: `jaxllm.cache.cache_bytes`. `dtype` is
-    the model's. ValueError if the batch cannot be split over mesh axis `data`.
+    the model's. ValueError if the batch cannot be split over mesh axis `data`. On an abstract mesh, under
+    `jax.eval_shape`: shapes and shardings.
     """
     if batch % mesh.shape["data"]:
         raise ValueError(f"batch = {batch} cannot be split over mesh axis data = {mesh.shape['data']}: "
                          f"pad it to a multiple")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         return _init_cache(tuple(stored_layers(config, mesh)), batch, max_len, in_flight, jnp.dtype(dtype))
 
 
