@@ -3,6 +3,7 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAXLLM_COMPILE_CACHE"] = "off"       # nothing of a run depends on the one before
 
 import jax  # noqa: E402  (the flags above must be set before JAX starts)
 

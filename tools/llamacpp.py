@@ -55,8 +55,8 @@ def convert_to_gguf(folder: Path, file: Path) -> None:
 class LlamaCpp:
     """float32 weights and float32 cache; one llama_batch holds the tokens of every sequence of a step.
 
-    `flash` turns on llama.cpp's flash attention: a prefill of 512 takes a third of the time, and logits are off by 6e-3 on
-    mimo-nano and 1.6e-2 on the random models, so it is for timing alone.
+    `flash` turns on llama.cpp's flash attention: a prefill of 512 takes a third of the time, and logits are off by 6e-3
+    on mimo-nano and 1.6e-2 on the random models, so it is for timing alone.
     """
 
     def __init__(self, folder: str | Path, flash: bool = False):

@@ -5,8 +5,8 @@
 One JSON object a line: peer, version, decode_tok_s_b1, _b8, _b32 (all rows together: 63 steps after the first token of
 64, from prompts of 32) and prefill512_s (one prompt of 512 until its first token is known); or peer and `absent`, the
 reason. Greedy, float32 weights and cache, 2 threads, median of repetitions after a warm-up. Peers: transformers, mlx,
-llamacpp, and llamacpp-flash, llama.cpp at its fastest, where attention is no longer float32. tests/golden/README.md says
-how to make the environment.
+llamacpp, and llamacpp-flash, llama.cpp at its fastest, where attention is no longer float32. tests/golden/README.md
+says how to make the environment.
 """
 import argparse
 import json
