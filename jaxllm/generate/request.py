@@ -22,7 +22,7 @@ class Settings(TypedDict, total=False):
     temperature: float | Sequence[float] | None     # 0 is greedy, the default; 1 if only top_k or top_p is given
     top_k: int | Sequence[int] | None               # draw among the k likeliest; 0 or None: all
     top_p: float | Sequence[float] | None           # and among the fewest whose probability reaches p; None: all
-    seed: int | Sequence[int] | None                # of the draws; None: a new one each call
+    seed: int | Sequence[int] | None                # of the draws; None: a new one each row and call
     stop: str | Sequence[str] | None                # strings that end a text, themselves left out
 
 
@@ -60,7 +60,7 @@ def make_request(prompts: Sequence[Prompt], config: Config, tokenizer: Tokenizer
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
     if seed is None:
-        seed = _new_seed()
+        seed = _new_seeds(len(prompts))
     tokens = [_tokens(i, prompt, config, tokenizer, max_new_tokens) for i, prompt in enumerate(prompts)]
     B = len(tokens)
     return Request(
@@ -134,9 +134,9 @@ def check_ids(name: str, tokens: Sequence[Any], config: Config) -> None:
                              f"vocab_size - 1 = {config.vocab_size - 1}")
 
 
-def _new_seed() -> int:
-    seed = secrets.randbits(32)
+def _new_seeds(num: int) -> np.ndarray:
+    seeds = np.array([secrets.randbits(32) for _ in range(num)], np.uint32)
     if jax.process_count() > 1:     # all must draw alike
         from jax.experimental import multihost_utils
-        seed = int(multihost_utils.broadcast_one_to_all(np.uint32(seed)))
-    return seed
+        seeds = np.asarray(multihost_utils.broadcast_one_to_all(seeds))
+    return seeds

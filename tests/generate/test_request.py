@@ -230,3 +230,8 @@ def test_text_and_tokens_of_any_request_agree(speaker, prompts, stop, num, tempe
         else:
             assert whole.startswith(out.text) and any(whole.startswith(out.text + text) for text in stop)
             assert not any(text in out.text for text in stop)
+
+
+def test_without_a_seed_each_row_draws_its_own(tiny):
+    rows = tiny.generate([[1, 2, 3]] * 4, max_new_tokens=16, temperature=1.0)
+    assert len({tuple(row.tokens) for row in rows}) == 4      # equal by chance: less than once in 10^10
