@@ -2,8 +2,8 @@
 
 Every device holds some experts whole or in slices and computes what its tokens ask of them: the M*A routed rows are
 sorted by expert, so each expert is one matrix product over as many rows as chose it, and the sum over devices gives the
-output. No row is ever dropped, whatever the imbalance. Expert weights may be of a narrower dtype than the activations:
-they are widened as they are used.
+output. No row is ever dropped, whatever the imbalance. Expert weights may be packed, or of a narrower dtype than the
+activations: they are decoded or widened as they are used, one expert at a time.
 """
 import math
 
@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxllm.axes import spec
 from jaxllm.config import Config
-from jaxllm.linear import einsum, param
+from jaxllm.linear import einsum, matmul, param
+from jaxllm.quant import Packed, Weight, take
 
 
 def route(scores_BTE: jax.Array, bias_E: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -50,8 +51,8 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return min(128, max(min(16, power(2 * mean)), power(mean)))
 
 
-def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, gate_eDI: jax.Array,
-                     up_eDI: jax.Array, down_eID: jax.Array) -> jax.Array:
+def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, gate_eDI: Weight,
+                     up_eDI: Weight, down_eID: Weight) -> jax.Array:
     """Sum over each token's experts local_MA by weights weight_MA (float32): float32 [M, D].
 
     local_MA == e means an expert of another device, which adds nothing. The R = M*A routed rows are laid out in blocks
@@ -76,11 +77,10 @@ def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array,
     weight_nb = weight_MA.reshape(R)[row_nb]
 
     def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
-        gate, up, down = (jax.lax.dynamic_index_in_dim(w, expert_n[n], 0, keepdims=False).astype(x_MD.dtype)
-                          for w in (gate_eDI, up_eDI, down_eID))
+        gate, up, down = (take(w, expert_n[n]) for w in (gate_eDI, up_eDI, down_eID))
         x = x_MD.at[token_nb[n]].get(mode="clip")
-        hidden = (jax.nn.silu(einsum("bd,di->bi", x, gate)) * einsum("bd,di->bi", x, up)).astype(x.dtype)
-        y = einsum("bi,id->bd", hidden, down) * weight_nb[n][:, None]
+        hidden = (jax.nn.silu(matmul(x, gate)) * matmul(x, up)).astype(x.dtype)
+        y = matmul(hidden, down) * weight_nb[n][:, None]
         return out_MD.at[token_nb[n]].add(y, mode="drop")
 
     def visit(n: jax.Array, out_MD: jax.Array) -> jax.Array:
@@ -115,15 +115,19 @@ def count_rows(local_MA: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(chosen_RE, axis=0, dtype=jnp.int32)
 
 
-def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array, gate_eDI: jax.Array,
-                  up_eDI: jax.Array, down_eID: jax.Array) -> jax.Array:
+def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array, gate_eDI: Weight,
+                  up_eDI: Weight, down_eID: Weight) -> jax.Array:
     """The weighted sum of the chosen experts, float32 [b, T, D], summed over the devices that share the experts."""
     D, A, e = x_bTD.shape[-1], expert_bTA.shape[-1], gate_eDI.shape[0]
     local = expert_bTA - jax.lax.axis_index("expert") * e
     local_MA = jnp.where((local >= 0) & (local < e), local, e).reshape(-1, A)
     x_MD = jax.lax.pcast(x_bTD.reshape(-1, D), ("expert", "tensor"), to="varying")
-    out_MD = jax.lax.platform_dependent(x_MD, local_MA, weight_bTA.reshape(-1, A), gate_eDI, up_eDI, down_eID,
-                                        cpu=experts_by_block, default=experts_by_ragged_dot)
+    rows = x_MD, local_MA, weight_bTA.reshape(-1, A)
+    if any(isinstance(w, Packed) for w in (gate_eDI, up_eDI, down_eID)):      # ragged_dot wants all experts decoded
+        out_MD = experts_by_block(*rows, gate_eDI, up_eDI, down_eID)
+    else:
+        out_MD = jax.lax.platform_dependent(*rows, gate_eDI, up_eDI, down_eID,
+                                            cpu=experts_by_block, default=experts_by_ragged_dot)
     return jax.lax.psum(out_MD, ("expert", "tensor")).reshape(x_bTD.shape)
 
 
