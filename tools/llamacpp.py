@@ -19,8 +19,8 @@ from oracles import NUM_THREADS, Greedy, rope_settings, window_keys
 SOURCES = Path(sys.prefix) / "llama.cpp"
 
 
-def convert_to_gguf(folder: Path, file: Path) -> None:
-    """Write `folder` as a float32 GGUF without vocabulary: token ids in, logits out."""
+def convert_to_gguf(folder: Path, file: Path, with_mtp: bool = False) -> None:
+    """Write `folder` as a float32 GGUF without vocabulary: token ids in, logits out. MXFP4 experts stay as they are."""
     if not (SOURCES / "conversion" / "mimo.py").is_file():
         raise ValueError(f"{SOURCES}: no llama.cpp sources with conversion/mimo.py; unpack vendor/llama.cpp of the "
                          "llama-cpp-python source release there")
@@ -35,7 +35,7 @@ def convert_to_gguf(folder: Path, file: Path) -> None:
                "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}}
 
     class WithoutVocabulary(MimoV2Model):
-        model_arch, no_mtp = MimoV2Model.model_arch, True
+        model_arch, no_mtp = MimoV2Model.model_arch, not with_mtp
 
         def set_vocab(self) -> None:
             self.gguf_writer.add_tokenizer_model("none")
