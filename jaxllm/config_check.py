@@ -16,6 +16,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
 }
 CHOICES["torch_dtype"] = CHOICES["dtype"]
+QUANTIZATION: dict[str, tuple[str | int | None, ...]] = {    # what the keys of quantization_config may say
+    "quant_method": ("fp8", "int4"), "fmt": (None, "e4m3"), "store_dtype": (None, "fp8", "mxfp4"),
+    "mxfp4_block_size": (None, 32), "group_size": (None, 32, 128)}
+IGNORED_QUANTIZATION = ("activation_scheme", "packed_modules_mapping")    # of weights they say nothing
 MAX_INT = 2**31 - 1                       # no dimension, count or token id of a model passes an int32
 MIN_FLOAT, MAX_FLOAT = 1.2e-38, 3.4e38    # every number is used in float32 (normal range)
 NON_NEGATIVE = ("eos_token_id", "bos_token_id", "pad_token_id", "num_nextn_predict_layers")    # all others are >= 1
@@ -77,9 +81,24 @@ def choice(key: str, value: object) -> Any:
 def quantization(key: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         refuse(key, value, "expected an object or null")
-    for inner, accepted in {"quant_method": ("fp8",), "store_dtype": (None, "fp8", "mxfp4")}.items():
-        if value.get(inner) not in accepted:
+    for inner, accepted in QUANTIZATION.items():
+        if not any(type(value.get(inner)) is type(a) and value.get(inner) == a for a in accepted):
             refuse(f"{key}.{inner}", value.get(inner), show(accepted))
+    known = (*QUANTIZATION, "weight_block_size", "ignored_layers", *IGNORED_QUANTIZATION)
+    for inner in value:
+        if inner not in known:
+            refuse(f"{key}.{inner}", value[inner], f"unknown key; known: {', '.join(known)}")
+    if value["quant_method"] == "int4" and (value.get("group_size") is None or value.get("store_dtype") is not None):
+        refuse(key, value, "quant_method 'int4' needs group_size (32 or 128) and takes no store_dtype")
+    block = value.get("weight_block_size")
+    if block is not None and not (isinstance(block, list | tuple) and len(block) == 2
+                                  and all(type(size) is int and 1 <= size <= MAX_INT for size in block)):
+        refuse(f"{key}.weight_block_size", block, "expected two integers from 1, rows and columns; the releases have "
+               "[128, 128]")
+    layers = value.get("ignored_layers")
+    if layers is not None and not (isinstance(layers, list | tuple)
+                                   and all(isinstance(layer, str) for layer in layers)):
+        refuse(f"{key}.ignored_layers", layers, "expected a list of names of modules")
     return copy.deepcopy(value)    # a caller's later change must not reach a frozen config
 
 

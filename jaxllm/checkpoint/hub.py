@@ -1,10 +1,12 @@
 """A checkpoint in hub layout: model.safetensors, or shards behind an index, read lazily.
 
 Everything that can be known without reading data is checked when the folder is opened (`tensorfile.read_header` for
-each file; here, the index against the files). After that `tensors` says what there is and `read` brings slices.
+each file; here, the index against the files). After that `tensors` says what there is, `read` brings slices, and
+`metadata` is what the writer noted beside the tensors.
 """
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +24,14 @@ class HubCheckpoint:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, Any] = {}
         index = self._read_index()
         for name in sorted(set(index.values())) if index is not None else [SINGLE]:
             self._add_file(name)
         if index is not None:
             self._check_index(index)
+        first = next(iter(self.tensors.values()), None)
+        self.metadata = (_metadata(first.file) if first else {}) | self.metadata
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """tensors[name][index], read from the file now; `index` has one slice for each dim."""
@@ -41,7 +46,9 @@ class HubCheckpoint:
                 hint = f"; it holds shards ({listed(shards)}) whose index is missing" if shards else ""
                 raise CheckpointError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}")
             return None
-        weight_map = parse_json(path.read_bytes(), str(path)).get("weight_map")
+        content = parse_json(path.read_bytes(), str(path))
+        weight_map, metadata = content.get("weight_map"), content.get("metadata")
+        self.metadata = metadata if isinstance(metadata, dict) else {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path}: expected a 'weight_map' from tensor names to file names")
         for name, file in weight_map.items():
@@ -70,6 +77,14 @@ class HubCheckpoint:
                  if self.tensors[name].file != self.folder / file]
         if moved:
             raise CheckpointError(f"{self.folder / INDEX} names the wrong shard for some tensors ({listed(moved)})")
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """The free-form part of the header of a file that `read_header` accepted."""
+    with open(file, "rb") as stream:
+        header = parse_json(stream.read(int.from_bytes(stream.read(8), "little")), f"the header of {file}")
+    found = header.get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 def _is_plain(file: object) -> bool:

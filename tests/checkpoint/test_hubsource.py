@@ -102,25 +102,6 @@ def test_each_parameter_keeps_its_own_dtype(tmp_path):
     assert params["layers.1.moe.gate_EDI"][1] == ml_dtypes.bfloat16
 
 
-def test_quantised_layouts_are_refused_as_such(folder):
-    packing = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    edit_json(folder / "config.json", lambda config: config.update(quantization_config=packing))
-    with pytest.raises(CheckpointError, match="quantised layout, which is not readable yet .*config.json: fp8"):
-        HubSource(folder)
-
-
-@pytest.mark.parametrize(("name", "array"), [
-    ("model.layers.0.mlp.up_proj.weight", np.zeros((96, 64), ml_dtypes.float8_e4m3fn)),
-    ("model.layers.1.mlp.experts.0.up_proj.weight", np.zeros((32, 32), np.uint8)),
-    ("model.layers.0.mlp.up_proj.weight_scale_inv", np.zeros((1, 1), np.float32)),
-    ("model.layers.1.mlp.experts.0.up_proj.weight_scale", np.zeros((32, 2), np.float32)),
-])
-def test_packed_tensors_are_refused_as_such(folder, name, array):
-    edit_tensors(folder, lambda tensors: tensors.update({name: array}))
-    with pytest.raises(CheckpointError, match=f"quantised layout, .*packed tensors 1: {name}"):
-        HubSource(folder)
-
-
 def test_a_config_of_another_model_is_noticed(folder):
     edit_json(folder / "config.json", lambda config: config.update(hidden_size=128))
     with pytest.raises(CheckpointError, match="expected .* by .*config.json"):

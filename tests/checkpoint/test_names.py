@@ -124,8 +124,9 @@ def test_fused_rows_are_cut_by_rank(config, data):
                             ("model.mtp.layers.0", "mtp.0", "swa_")):
         N, K, H, V = (config[swa + key] for key in
                       ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
-        wanted = {"q_DNH": np.empty((D, N, H)), "k_DKH": np.empty((D, K, H)), "v_DKV": np.empty((D, K, V))}
-        fused, row = np.random.default_rng(0).standard_normal((N * H + K * H + K * V, D)), 0
+        shapes = {"q_DNH": (D, N, H), "k_DKH": (D, K, H), "v_DKV": (D, K, V)}
+        wanted = {letters: np.empty(shape, np.float32) for letters, shape in shapes.items()}
+        fused, row = np.random.default_rng(0).standard_normal((N * H + K * H + K * V, D), np.float32), 0
         for chunk in range(chunks):
             for array in wanted.values():
                 per_chunk = array.shape[1] // chunks
@@ -166,11 +167,18 @@ def tiny_source(tmp_path_factory, cache: list[HubSource] = []) -> HubSource:    
     return cache[0]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (31, 5), (32, 64), (100, 33)])
-def test_transpose(shape):
-    block = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (64, 1), (31, 5), (32, 64), (100, 33)])
+@pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("has_cpu", [True, False])
+def test_transpose(monkeypatch, shape, dtype, has_cpu):
+    """Bits move untouched, NaNs of any payload included; with JAX_PLATFORMS=tpu there is no CPU device to do it."""
+    if not has_cpu:
+        monkeypatch.setattr("jaxllm.checkpoint.entry._host", lambda: None)
+    bits = np.random.default_rng(0).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    block = bits.view(dtype)[..., 0]
     found = transpose(block)
-    assert found.flags.c_contiguous and found.tobytes() == np.ascontiguousarray(block.T).tobytes()
+    assert found.dtype == dtype and found.flags.c_contiguous
+    assert found.tobytes() == np.ascontiguousarray(block.T).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
