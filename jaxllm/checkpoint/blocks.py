@@ -32,27 +32,38 @@ def cut_shape(index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in bounds(index, shape))
 
 
+def letters_of(path: str) -> str:
+    """The dims of a parameter, of its codes or of its scale: "EDI" of gate_EDI.codes."""
+    return path.removesuffix(".codes").removesuffix(".scale").rsplit("_", 1)[-1]
+
+
+def is_stack(path: str) -> bool:
+    """Whether the first dim of the parameter counts experts."""
+    letters = letters_of(path)
+    return len(letters) == 3 and letters[0] == "E"
+
+
 def chunk_shape(path: str, shape: tuple[int, ...], itemsize: int, limit: int = LIMIT) -> tuple[int, ...]:
     """The shape of the blocks, at most `limit` bytes each, in which the parameter `path` is stored.
 
-    A stack of experts above the limit is cut into single experts. Other dims are halved while they divide, so that
-    blocks line up with the shards of a mesh; a dim that no longer halves is cut unevenly.
+    A stack of experts is always cut into single experts. Other dims are halved while they divide, so that blocks line
+    up with the shards of a mesh; a dim that no longer halves is cut unevenly.
     """
-    letters = path.rsplit("_", 1)[-1]
+    letters = letters_of(path)
     assert len(letters) == len(shape), (path, shape)
     chunk = list(shape)
+    if is_stack(path):
+        chunk[0] = 1
     order = sorted(range(len(shape)), key=lambda dim: (CUT_FIRST + letters).index(letters[dim]))
     for dim in order:
         excess = math.prod(chunk) * itemsize / limit
         if excess <= 1:
             break
         pieces = 2 ** math.ceil(math.log2(excess))
-        if letters[dim] == "E" and len(shape) == 3:
-            chunk[dim] = 1
-        elif shape[dim] % pieces == 0:
-            chunk[dim] = shape[dim] // pieces
+        if chunk[dim] % pieces == 0:
+            chunk[dim] //= pieces
         else:
-            chunk[dim] = max(1, math.floor(shape[dim] / excess))
+            chunk[dim] = max(1, math.floor(chunk[dim] / excess))
     return tuple(chunk)
 
 

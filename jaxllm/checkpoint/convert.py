@@ -1,68 +1,129 @@
-"""From a hub folder to a converted one: parameters by Orbax in params/, config and tokenizer files verbatim beside it.
+"""From a hub checkpoint to a converted folder: parameters as an Orbax checkpoint in params/, config and tokenizer files
+beside it, a manifest of all.
 
-Memory: two blocks of one parameter (`store.Leaf`), whatever the sizes. Interruption: `atomic.new_folder`.
+The files are planned (plan.py), made one by one and noted as finished (writer.py). So memory is a few chunks whatever
+the sizes, and a run goes on where the one before was interrupted.
 """
+import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from jaxllm.checkpoint.atomic import new_folder
 from jaxllm.checkpoint.errors import CheckpointError
+from jaxllm.checkpoint.files import Files
 from jaxllm.checkpoint.hubsource import HubSource
-from jaxllm.checkpoint.store import PARAMS, save_params
+from jaxllm.checkpoint.incomplete import SOURCE, filling
+from jaxllm.checkpoint.journal import Journal
+from jaxllm.checkpoint.manifest import Manifest, Plan, write_manifest
+from jaxllm.checkpoint.plan import Piece, array_pieces, known, metadata_pieces
+from jaxllm.checkpoint.shards import COPIED, LocalShards, Shards, progress_bar
+from jaxllm.checkpoint.source import Convertible, Tally
+from jaxllm.checkpoint.store import PARAMS
+from jaxllm.checkpoint.writer import unfinished, write_pieces
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-          "chat_template.json")
+KEEP = "keep"      # `weights`: as they are stored
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")      # on the hub
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written into `folder`, and what of the hub folder was not."""
-    folder: Path
+    """What was written into `folder`, and what of the source was not."""
+    folder: Path | str                  # str: an address, gs://...
     num_arrays: int
-    nbytes: int
+    nbytes: int                         # of the arrays
     num_mtp: int                        # MTP blocks among the arrays
     left_out: dict[str, list[str]]      # group -> tensors or files
     seconds: float
 
 
-def convert(hub_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], progress: bool = True) -> Converted:
-    """Write the checkpoint in hub layout `hub_dir` to the new folder `out_dir`, for `open_source` and plain Orbax.
+def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str = KEEP, resume: bool = False,
+            reading: str | None = None, revision: str | None = None, options: Mapping[str, Any] | None = None,
+            progress: bool = True) -> Converted:
+    """Write the checkpoint in hub layout `source` to `out`, for `open_source` and plain Orbax.
 
-    `progress` shows a bar, and what is left out, on stderr. NaN or Inf: one warning for each parameter.
-    Errors: CheckpointError for a checkpoint that is not whole, an `out_dir` that holds something, a disk that is full;
-    ConfigError for its config.json.
+    source: a folder, or the id of a repository on the hub, of which `revision` is taken. out: a new or empty folder, or
+    an address such as gs://bucket/folder; with `resume` also what an interrupted conversion left there.
+    weights: the form in which parameters are stored; other than "keep" by `requantise.requantised`, with `options`,
+    which are noted in the manifest as JSON.
+    reading: how attention rows lie in files that leave it open (readings.py).
+    `progress` shows bars, and what is left out, on stderr. NaN or Inf: one warning for each parameter.
+    Errors: CheckpointError for a checkpoint that is not whole or changes, an `out` that holds something or cannot be
+    written; ConfigError for the config.json. What is finished when an error comes is kept, for `resume`.
     """
-    start = time.monotonic()
-    source, out = HubSource(hub_dir), Path(out_dir).resolve()
-    nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.params.values())
-    _check_space(out, nbytes)
-    if progress and source.left_out:
-        groups = ", ".join(f"{group} ({len(names)})" for group, names in source.left_out.items())
-        print(f"left out, not part of the text model: {groups}", file=sys.stderr)
-    with new_folder(out, _is_ours) as folder:
-        for name in COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
-        with tqdm(total=nbytes, unit="B", unit_scale=True, desc=out.name, disable=not progress) as bar:
-            save_params(source, folder / PARAMS, bar.update)
-    return Converted(out, len(source.params), nbytes, source.num_mtp, source.left_out, time.monotonic() - start)
+    start, files = time.monotonic(), Files(out)
+    with filling(files, resume), tempfile.TemporaryDirectory() as temporary:
+        shards = open_shards(source, revision, files.local / SOURCE if files.local else Path(temporary), progress)
+        hub = HubSource(shards.folder, reading)
+        made, config = _in_form(weights, hub, options or {})
+        if progress and made.left_out:
+            groups = ", ".join(f"{group} ({len(names)})" for group, names in made.left_out.items())
+            print(f"left out, not part of the text model: {groups}", file=sys.stderr)
+        tallies = {path: Tally() for path in made.params}
+        pieces = [*_copies(shards.folder, config), *metadata_pieces(made),
+                  *array_pieces(made, hub.hub.tensors, tallies)]
+        _check_disk(files, pieces)
+        chosen = json.loads(json.dumps({"weights": weights, **(options or {})}))      # as a later run will read it
+        journal = Journal(files, Plan(shards.identity, shards.hashes(), chosen, made.reading, made.num_mtp))
+        with progress_bar(sum(piece.size for piece in pieces), Path(files.place).name, progress) as done:
+            write_pieces(unfinished(pieces, files, journal, done), files, shards, journal, done)
+        write_manifest(files, Manifest(journal.plan, {piece.name: journal.done[piece.name] for piece in pieces}))
+    for path, tally in tallies.items():
+        tally.warn(made, path)
+    nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in made.params.values())
+    return Converted(files.local or files.place, len(made.params), nbytes, made.num_mtp, made.left_out,
+                     time.monotonic() - start)
 
 
-def _is_ours(name: str) -> bool:
-    """Whether `convert` writes this name; Orbax adds a suffix while it is not done."""
-    return name in COPIED or name == PARAMS or name.startswith(f"{PARAMS}.orbax-checkpoint-tmp")
+def open_shards(source: str | os.PathLike[str], revision: str | None, work: Path, progress: bool) -> Shards:
+    """The files of a folder, or those of the repository `source` on the hub, which come into `work`."""
+    folder = Path(source)
+    if folder.exists() or not REPOSITORY.fullmatch(str(source)):
+        if revision is not None:
+            raise CheckpointError(f"{source} is a folder, of which there are no revisions; {revision!r} was asked for")
+        return LocalShards(folder, progress)
+    from jaxllm.checkpoint.remote import HubShards  # takes a second: huggingface_hub
+    return HubShards(str(source), revision, work)
 
 
-def _check_space(out: Path, nbytes: int) -> None:
-    existing = next(parent for parent in out.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < nbytes:
-        raise CheckpointError(f"{out} needs {nbytes} bytes, but {existing} has {free} free; nothing was written")
+def _in_form(weights: str, hub: HubSource, options: Mapping[str, Any]) -> tuple[Convertible, dict[str, Any] | None]:
+    """The source with its weights in the form asked for, and its config.json if that is not the hub folder's."""
+    if weights == KEEP:
+        return hub, None
+    from jaxllm.checkpoint.requantise import requantised
+    source = requantised(hub, weights, **options)
+    return source, source.hub_config()
+
+
+def _copies(folder: Path, config: dict[str, Any] | None) -> list[Piece]:
+    """The small files beside the weights, verbatim, but for a config.json that is given."""
+    contents = {name: _content(folder / name) for name in COPIED if (folder / name).is_file()}
+    if config is not None:
+        contents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return [known(name, content) for name, content in contents.items()]
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _check_disk(files: Files, pieces: Sequence[Piece]) -> None:
+    """Before anything is written. What an earlier run has written is there already."""
+    if not files.local:
+        return
+    place = next(parent for parent in (files.local, *files.local.parents) if parent.exists())
+    needed = sum(piece.size for piece in pieces) - sum(
+        file.stat().st_size for file in (files.local / PARAMS).rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(f"{files.place} needs {needed} bytes, but {place} has {free} free; nothing was written")

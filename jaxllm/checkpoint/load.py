@@ -5,48 +5,54 @@ all local devices before it hands over the first, and asks again for each device
 is read once, placed on its devices and dropped.
 """
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxllm.checkpoint.atomic import MARKER, SUFFIX, work_folder
-from jaxllm.checkpoint.blocks import EXPONENT, Index, aligned_empty, bounds, cut_shape, relative
+from jaxllm.checkpoint.blocks import Index, aligned_empty, bounds, cut_shape, relative
 from jaxllm.checkpoint.errors import CheckpointError, listed
 from jaxllm.checkpoint.hub import INDEX, SINGLE
-from jaxllm.checkpoint.hubsource import HubSource
+from jaxllm.checkpoint.hubsource import FLOATS, HubSource
+from jaxllm.checkpoint.incomplete import is_incomplete
 from jaxllm.checkpoint.source import Source, Tally, read_blocks
-from jaxllm.checkpoint.store import PARAMS, StoreSource
+from jaxllm.checkpoint.store import StoreSource, is_store
 
-KV = ("attention.k_DKH", "attention.v_DKV")      # may be wanted with each head repeated along K
+KV = re.compile(r"attention\.(k_DKH|v_DKV)(\.codes|\.scale)?$")      # may be wanted with each head repeated along K
 K_DIM = 1
 Bounds = tuple[tuple[int, int], ...]
 
 
-def open_source(folder: str | os.PathLike[str]) -> Source:
-    """The parameters of a hub folder, or of one that `convert` wrote. Errors: CheckpointError, ConfigError."""
-    folder = Path(folder)
-    unfinished = work_folder(folder.resolve())
-    if (folder / MARKER).exists():
-        raise CheckpointError(f"{folder} is a conversion that is not finished: run jaxllm convert again into "
-                              f"{str(folder).removesuffix(SUFFIX)}")
-    if (folder / PARAMS).is_dir():
+def open_source(folder: str | os.PathLike[str], reading: str | None = None) -> Source:
+    """The parameters of a hub folder, or of one that `convert` wrote. Errors: CheckpointError, ConfigError.
+
+    `reading`: how attention rows lie in a hub folder whose shapes leave that open (readings.py).
+    """
+    refuse_incomplete(folder)
+    if is_store(folder):
         return StoreSource(folder)
+    folder = Path(folder)
     if folder.is_dir() and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists()):
-        return HubSource(folder)
-    if unfinished.exists():
-        raise CheckpointError(f"{folder} is not there: its conversion is running or was interrupted, and is in "
-                              f"{unfinished}; if interrupted, run jaxllm convert again")
+        return HubSource(folder, reading)
     raise CheckpointError(f"{folder} holds no model: expected a hub folder ({SINGLE}, or {INDEX} and its shards) or "
                           "one that jaxllm convert wrote")
+
+
+def refuse_incomplete(folder: str | os.PathLike[str]) -> None:
+    """CheckpointError if `folder` is one that a conversion or an export, running or interrupted, has not made whole."""
+    if is_incomplete(folder):
+        raise CheckpointError(f"{folder} is a conversion or an export that is not finished: if none is running, run "
+                              "jaxllm convert again with --resume, or jaxllm export again")
 
 
 def load_arrays(source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The parameters that `targets` names, in the shape, dtype and sharding that each target states.
 
-    Cast on the host. Where the K dim of a k_DKH or v_DKV target is a multiple of the stored one, each kv head is
-    repeated. Host memory: one device's slice of one parameter. NaN or Inf: one warning for each parameter.
+    Plain parameters are cast, on the host. Where the K dim of a k_DKH or v_DKV target is a multiple of the stored one,
+    each kv head is repeated; where a dim of a scale is, each scale is, for finer blocks. Host memory: one device's
+    slice of one parameter. NaN or Inf: one warning for each parameter.
     Errors: CheckpointError for paths or shapes that do not match; MTP blocks that no target names are left.
     """
     missing = sorted(targets.keys() - source.params.keys())
@@ -66,35 +72,35 @@ def _load(source: Source, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         index = tuple(slice(*cut) for cut in stored)
         values = _read(source, path, index, dtype, tally)
         for device, cut in wanted:
-            arrays.append(jax.device_put(_repeat_heads(values, stored, cut, repeats), device))
+            arrays.append(jax.device_put(_repeat(values, stored, cut, repeats), device))
     tally.warn(source, path)
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 
 
-def _repeats(source: Source, path: str, target: jax.ShapeDtypeStruct) -> int:
-    """How often each stored kv head is wanted; 1 for what is no kv head. Errors: CheckpointError."""
-    shape = source.params[path][0]
-    if np.dtype(target.dtype) not in EXPONENT or target.sharding is None:
-        raise ValueError(f"{path}: wanted as {target.dtype} with sharding {target.sharding}; expected float32, "
-                         "bfloat16 or float16, and a sharding")
-    if path.endswith(KV):
-        repeats = target.shape[K_DIM] // shape[K_DIM]
-        if target.shape == (shape[0], shape[K_DIM] * repeats, shape[2]) and repeats:
-            return repeats
-    elif target.shape == shape:
-        return 1
-    raise CheckpointError(f"{source.folder}: {path} has shape {list(shape)}, but the model wants {list(target.shape)}; "
-                          "is the config.json the checkpoint's own?")
+def _repeats(source: Source, path: str, target: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """How often each element is wanted along each dim: kv heads, and the scales of blocks. Errors: CheckpointError."""
+    shape, dtype = source.params[path]
+    if target.sharding is None or np.dtype(target.dtype) != dtype and not {np.dtype(target.dtype), dtype} <= FLOATS:
+        raise ValueError(f"{path}: wanted as {target.dtype} with sharding {target.sharding}, and stored as {dtype}; "
+                         "expected float32, bfloat16 or float16, or for codes and scales what is stored, and a "
+                         "sharding")
+    repeats = tuple(wanted // held for wanted, held in zip(target.shape, shape, strict=True)) \
+        if len(shape) == len(target.shape) else ()
+    may_repeat = [path.endswith(".scale") or dim == K_DIM and KV.search(path) for dim in range(len(shape))]
+    if not repeats or any(held * n != wanted or n > 1 and not may for held, n, wanted, may in
+                          zip(shape, repeats, target.shape, may_repeat, strict=True)):
+        raise CheckpointError(f"{source.folder}: {path} has shape {list(shape)}, but the model wants "
+                              f"{list(target.shape)}; is the config.json the checkpoint's own?")
+    return repeats
 
 
-def _slices(target: jax.ShapeDtypeStruct, repeats: int) -> dict[Bounds, list[tuple[jax.Device, Bounds]]]:
+def _slices(target: jax.ShapeDtypeStruct, repeats: tuple[int, ...]
+            ) -> dict[Bounds, list[tuple[jax.Device, Bounds]]]:
     """Stored slice -> the local devices that need it, each with its slice of the target."""
     groups: dict[Bounds, list[tuple[jax.Device, Bounds]]] = {}
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-        cut = stored = bounds(index, target.shape)
-        if repeats > 1:
-            start, stop = cut[K_DIM]
-            stored = (*cut[:K_DIM], (start // repeats, -(-stop // repeats)), *cut[K_DIM + 1:])
+        cut = bounds(index, target.shape)
+        stored = tuple((start // n, -(-stop // n)) for (start, stop), n in zip(cut, repeats, strict=True))
         groups.setdefault(stored, []).append((device, cut))
     return groups
 
@@ -108,9 +114,10 @@ def _read(source: Source, path: str, index: Index, dtype: np.dtype, tally: Tally
     return out
 
 
-def _repeat_heads(values: np.ndarray, stored: Bounds, cut: Bounds, repeats: int) -> np.ndarray:
+def _repeat(values: np.ndarray, stored: Bounds, cut: Bounds, repeats: tuple[int, ...]) -> np.ndarray:
     """The target's slice `cut`, out of the stored slice that covers it."""
-    if repeats == 1:
-        return values
-    start, stop = (edge - stored[K_DIM][0] * repeats for edge in cut[K_DIM])
-    return np.repeat(values, repeats, axis=K_DIM)[:, start:stop]
+    for dim, n in enumerate(repeats):
+        if n > 1:
+            start, stop = (edge - stored[dim][0] * n for edge in cut[dim])
+            values = np.repeat(values, n, axis=dim)[(slice(None),) * dim + (slice(start, stop),)]
+    return values

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxllm.checkpoint import open_source
+from jaxllm.checkpoint import CheckpointError, convert, open_source
 from jaxllm.checkpoint.hubsource import HubSource
+from jaxllm.checkpoint.journal import JOURNAL
 from jaxllm.checkpoint.store import StoreSource
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,39 @@ def assert_same(hub: Path, out: Path) -> None:
     assert isinstance(second, StoreSource) and first.params == second.params
     for path, (shape, _) in first.params.items():
         assert first.read(path, whole(shape)).tobytes() == second.read(path, whole(shape)).tobytes(), path
+
+
+def listing(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything below `folder`, with inode and time of change."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Name and content of every file below `folder`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt(hub: Path, out: Path, monkeypatch: pytest.MonkeyPatch, reads: int = 10) -> None:
+    """A conversion that fails in its `reads`-th read, with what is finished noted at once."""
+    real, left = HubSource.read, reads
+
+    def read(self, path, index):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise CheckpointError("read failed")
+        return real(self, path, index)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxllm.checkpoint.journal.EVERY_SECONDS", 0)
+        patch.setattr("jaxllm.checkpoint.writer.THREADS", 1)
+        patch.setattr(HubSource, "read", read)
+        with pytest.raises(CheckpointError, match="read failed"):
+            convert(hub, out, progress=False)
+
+
+def finished(out: Path) -> set[Path]:
+    """The files that an interrupted conversion has noted."""
+    return {out / name for piece in out.glob(f"{JOURNAL}*") for name in json.loads(piece.read_text())}
 
 
 def run(code: str, *args: object) -> subprocess.CompletedProcess:

@@ -121,8 +121,9 @@ def test_a_device_reads_its_own_slice_and_no_more(source):
     assert alone.shape == (2, 64, 16)
     wanted = targets(source, (1, 4, 2))
     load_arrays(counting, wanted)
-    expected = {bounds(cut, source.params[path][0]) for cut in sharding.devices_indices_map((8, 64, 32)).values()}
-    assert {cut for at, cut in counting.reads if at == path} == expected and len(expected) == 8
+    cuts = [bounds(cut, source.params[path][0]) for cut in sharding.devices_indices_map((8, 64, 32)).values()]
+    expected = {((expert, expert + 1), *cut[1:]) for cut in cuts for expert in range(*cut[0])}      # one at a time
+    assert {cut for at, cut in counting.reads if at == path} == expected and len(expected) == 16
 
 
 def test_reading_in_small_blocks_changes_nothing(source, monkeypatch):
