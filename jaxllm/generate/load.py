@@ -1,8 +1,12 @@
 """From a folder to a `Model`: the module tree built abstractly, each parameter read into its place on the mesh."""
+import math
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,52 +15,98 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxllm.axes import make_mesh
-from jaxllm.checkpoint import Source, load_arrays, open_source
+from jaxllm.checkpoint import load_arrays, open_source
+from jaxllm.checkpoint.files import Files
+from jaxllm.checkpoint.load import refuse_incomplete
+from jaxllm.checkpoint.shards import COPIED
+from jaxllm.codec import PARTS, kind_of, packed_dim
 from jaxllm.config import Config
 from jaxllm.generate.compile_cache import use_compile_cache
 from jaxllm.generate.engine import Model
 from jaxllm.generate.text import Tokenizer, load_stop_ids
 from jaxllm.model import Transformer
+from jaxllm.quant import Packed
 
 DTYPES = ("float32", "bfloat16", "float16")
+Params = Mapping[str, tuple[tuple[int, ...], np.dtype]]      # leaf -> (shape, dtype), as a Source has them
 
 
-def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None
-         ) -> Model:
+def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None,
+         reading: str | None = None) -> Model:
     """The model of a hub folder, or of one that `jaxllm convert` wrote, on a mesh; each device reads its own slices.
 
+    path: a folder, or of a converted one also the address in a bucket, gs://bucket/folder.
     mesh: "data=2,expert=2,tensor=2", a mapping, a mesh of `make_mesh`, or None for one device.
-    dtype: what it computes in; by default float32 on CPU, the config's dtype elsewhere. Experts stay in the dtype of
-    their files where that is narrower, and are widened, exactly, as they are used.
+    dtype: what it computes in; by default float32 on CPU, the config's dtype elsewhere. Packed weights stay packed and
+    are decoded as they are used; experts stay in the dtype of their files where that is narrower.
+    reading: how the rows of quantised attention lie in a hub folder whose shapes leave that open; an error says when.
     Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, the tensor or the axis.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: expected a hub folder, or one that jaxllm convert wrote")
-    config = Config.from_hub(folder)
+    refuse_incomplete(path)      # before it is found to have no config.json yet
+    with small_files(path) as folder:
+        config = Config.from_hub(folder)
+        tokenizer, stop_ids = Tokenizer.from_dir(folder, config.vocab_size), load_stop_ids(folder, config.eos_token_ids)
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
     if dtype is None:
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else config.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
     use_compile_cache()
-    abstract = abstract_model(config, mesh, jnp.dtype(dtype))
-    source = open_source(folder)
-    arrays = load_arrays(source, {path: kept_narrow(path, leaf, source) for path, leaf in parameters(abstract).items()})
-    transformer = jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], abstract)
-    return Model(transformer, mesh, Tokenizer.from_dir(folder, config.vocab_size),
-                 load_stop_ids(folder, config.eos_token_ids))
+    source = open_source(path, reading)
+    model = jax.tree_util.tree_map_with_path(lambda path, leaf: as_stored(parameter_path(path), leaf, source.params),
+                                             abstract_model(config, mesh, jnp.dtype(dtype)))
+    arrays = load_arrays(source, parameters(model))
+    transformer = jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], model)
+    return Model(transformer, mesh, tokenizer, stop_ids)
 
 
-def kept_narrow(path: str, leaf: jax.ShapeDtypeStruct, source: Source) -> jax.ShapeDtypeStruct:
-    """The leaf to load: expert stacks as stored if the model's dtype can hold every such value, others as they are.
+@contextmanager
+def small_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder on this machine with the config and tokenizer files of `path`: itself, or a copy out of a bucket."""
+    files = Files(path)
+    if files.local:
+        if not files.local.is_dir():
+            raise ValueError(f"{path} is not a folder: expected a hub folder, or one that jaxllm convert wrote")
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in COPIED:
+            if (content := files.read(name)) is not None:
+                Path(temporary, name).write_bytes(content)
+        if not Path(temporary, "config.json").exists():
+            raise ValueError(f"{path} has no config.json: expected the address of a folder that jaxllm convert wrote")
+        yield Path(temporary)
 
-    Experts are most of a model and are read one at a time, so half the bytes is up to half the time of a decode step.
+
+def as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> jax.ShapeDtypeStruct | Packed:
+    """The form in which to load a parameter: packed if `params` (leaf -> shape, dtype) has it so, whatever the dtype.
+
+    Expert stacks keep their stored dtype if the model's can hold every such value, all others are cast. Experts are
+    most of a model and are read one at a time, so half the bytes is up to half the time of a decode step.
     """
-    if not path.endswith((".gate_EDI", ".up_EDI", ".down_EID")) or path not in source.params:
+    if f"{path}.codes" in params:
+        return packed_as_stored(path, leaf, params)
+    if not path.endswith((".gate_EDI", ".up_EDI", ".down_EID")) or path not in params:
         return leaf
-    stored = source.params[path][1]
+    stored = params[path][1]
     return leaf.update(dtype=stored) if np.can_cast(stored, leaf.dtype) else leaf
+
+
+def packed_as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> Packed:
+    """Codes and scale as stored, split over the mesh as the plain leaf: where a split cuts through a scale's block, all
+    its blocks are made finer. ValueError if a split cuts through the two codes of a byte."""
+    (codes_shape, codes_dtype), (scale_shape, scale_dtype) = (params[f"{path}.{part}"] for part in PARTS)
+    pair = 1 if kind_of(codes_dtype, scale_dtype) == "fp8" else 2
+    dim, codes, scale = packed_dim(path), list(leaf.shape), list(leaf.shape)
+    for axis, (size, part) in enumerate(zip(leaf.shape, leaf.sharding.shard_shape(leaf.shape), strict=True)):
+        width = pair if axis == dim else 1
+        if part % width:
+            raise ValueError(f"{path}: a mesh that splits dim {axis} of {list(leaf.shape)} into pieces of {part} cuts "
+                             "through 4-bit codes, two of which share a byte; choose one that leaves even pieces")
+        codes[axis] = size // width
+        scale[axis] = size // math.gcd(codes_shape[axis] * width // scale_shape[axis], part)
+    return Packed(leaf.update(shape=tuple(codes), dtype=codes_dtype),
+                  leaf.update(shape=tuple(scale), dtype=scale_dtype), dim)
 
 
 def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype) -> Transformer:
@@ -73,7 +123,7 @@ def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype) 
         x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), tree)
 
 
-def parameters(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+def parameters(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted path -> leaf of a module tree, abstract or real."""
     return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
