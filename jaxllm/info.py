@@ -15,12 +15,14 @@ import jax.numpy as jnp
 
 from jaxllm.axes import make_abstract_mesh
 from jaxllm.cache import cache_bytes, num_slots
-from jaxllm.checkpoint import open_source
-from jaxllm.checkpoint.atomic import MARKER
+from jaxllm.checkpoint import Source, open_source
 from jaxllm.checkpoint.hub import INDEX
-from jaxllm.checkpoint.store import PARAMS
+from jaxllm.checkpoint.load import refuse_incomplete
+from jaxllm.checkpoint.stated import stated_params
+from jaxllm.checkpoint.store import StoreSource, is_store
 from jaxllm.config import Config, LayerSpec
-from jaxllm.generate.load import abstract_model, parameters
+from jaxllm.generate.load import abstract_model, as_stored, parameters
+from jaxllm.quant import Packed
 
 LABEL = 14       # width of the left column
 WIDTH = 116      # of a line
@@ -40,18 +42,23 @@ def describe(path: str | os.PathLike[str], mesh: str | Mapping[str, int] | None 
     Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, or what cannot be split over the mesh.
     """
     folder = Path(path)
+    refuse_incomplete(folder)
     config = Config.from_hub(folder)
     abstract_mesh = make_abstract_mesh(mesh)
     dtype = jnp.dtype(config.dtype)
-    arrays = parameters(abstract_model(config, abstract_mesh, dtype))
+    source = _held(folder)
+    params = source.params if source else stated_params(config)
+    forms = {path: as_stored(path, leaf, params)
+             for path, leaf in parameters(abstract_model(config, abstract_mesh, dtype)).items()}
+    arrays = parameters(forms)
     axes = ", ".join(f"{axis}={size}" for axis, size in abstract_mesh.shape.items())
     sections = {
         str(path): [f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary "
                     f"{config.vocab_size}, up to {config.max_position_embeddings} tokens"],
         "parameters": _parameters(config),
-        "weights": textwrap.wrap(_weights(folder, config), WIDTH - LABEL),
+        "weights": textwrap.wrap(_weights(source, forms), WIDTH - LABEL),
         "layers": [*_layers(config), *_kinds_of_layers(config)],
-        "mesh": [f"{axes}; weights and cache in {dtype}, routers, sinks and biases in float32"],
+        "mesh": [f"{axes}; cache and plain weights in {dtype}; routers, sinks and biases in float32"],
         "bytes": device_bytes(arrays),
         "cache": _cache(config, dtype.itemsize, abstract_mesh.shape["tensor"], abstract_mesh.shape["data"]),
     }
@@ -65,7 +72,8 @@ def device_bytes(arrays: Mapping[str, Any]) -> list[str]:
     """
     rows = {kind: [0, 0] for kind, _ in KINDS}
     for path, array in arrays.items():
-        row = rows[next(kind for kind, endings in KINDS if path.endswith(endings))]
+        parameter = path.removesuffix(".codes").removesuffix(".scale")
+        row = rows[next(kind for kind, endings in KINDS if parameter.endswith(endings))]
         row[0] += math.prod(array.shape) * array.dtype.itemsize
         row[1] += math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
     rows = {kind: row for kind, row in rows.items() if row[0]}
@@ -93,20 +101,26 @@ def _parameters(config: Config) -> list[str]:
     return lines
 
 
-def _weights(folder: Path, config: Config) -> str:
+def _held(folder: Path) -> Source | None:
     """What the folder holds beside its config.json. Errors: CheckpointError for weights that are not whole."""
     is_hub = any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
-    if config.quantization_config:
-        packed = config.quantization_config.get("store_dtype") or config.quantization_config["quant_method"]
-        held = "" if is_hub else "; none are in this folder"
-        return f"a quantised layout ({packed}), which this version does not read yet{held}"
-    if not is_hub and not (folder / PARAMS).is_dir() and not (folder / MARKER).exists():
-        return "none in this folder"
-    source = open_source(folder)
+    return open_source(folder) if is_hub or is_store(folder) else None
+
+
+def _weights(source: Source | None, forms: Mapping[str, Any]) -> str:
+    """What there is, and in which form each kind of parameter is kept on the device where that is packed."""
+    kinds: dict[str, list[str]] = {}
+    for path, form in forms.items():
+        if isinstance(form, Packed):
+            name = next(name for name, endings in KINDS if path.endswith(endings))
+            kinds.setdefault(form.kind, []).append(name)
+    packed = "".join(f"; {', '.join(dict.fromkeys(names))} in {kind}" for kind, names in kinds.items())
+    if source is None:
+        return f"none in this folder{packed}"
     dtypes = sorted({str(dtype) for _, dtype in source.params.values()})
     nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.params.values())
-    return (f"{'hub layout' if is_hub else 'converted'}, {len(source.params)} arrays of {' and '.join(dtypes)}, "
-            f"{nbytes:,} bytes")
+    return (f"{'converted' if isinstance(source, StoreSource) else 'hub layout'}, {len(source.params)} arrays of "
+            f"{' and '.join(dtypes)}, {nbytes:,} bytes{packed}")
 
 
 def _layers(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from hub_maker import tiny_config, write_hub
 
 import jaxllm
-from jaxllm.checkpoint.atomic import MARKER
+from jaxllm.checkpoint.incomplete import MARKER
 from jaxllm.generate.load import parameters
 from jaxllm.info import describe, device_bytes
 
@@ -80,7 +80,7 @@ def test_a_model_that_fits_no_machine_here():
     vectors = 6144 * (2 * 70 + 1) + 60 * 128 + 69 * 384
     assert numbers["active for a token"] == [41_731_227_648, 41_731_227_648 + vectors]
     assert numbers["each MTP block"] == [644_874_240]
-    experts = 69 * 384 * 3 * 6144 * 2048 * 2
+    experts = 69 * 384 * 3 * 6144 * 2048 * 17 // 32      # half a byte, and a scale for each 32
     assert numbers["experts"] == [experts, experts // (64 * 4)]
     assert numbers["routers"] == [69 * 384 * 6144 * 4] * 2
     assert numbers["each token"] == [10 * 8 * (192 + 128) * 2, 10 * 8 * (192 + 128) * 2 // 4]
@@ -152,13 +152,18 @@ def test_quantised_layouts(hub, tmp_path):
     config = json.loads((hub / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "store_dtype": "mxfp4"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    said = "a quantised layout (mxfp4), which this version does not read yet"
-    assert weights_line(describe(tmp_path)) == f"{said}; none are in this folder"
-    (tmp_path / "model.safetensors").touch()
-    assert weights_line(describe(tmp_path)) == said
+    assert weights_line(describe(tmp_path)) == "none in this folder; attention, dense MLPs in fp8; experts in mxfp4"
     del config["quantization_config"]["store_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "(fp8)" in weights_line(describe(tmp_path))
+    assert weights_line(describe(tmp_path)) == "none in this folder; attention, dense MLPs, experts in fp8"
+
+
+def test_bytes_of_a_release():
+    """The totals of MODEL.md 4.5 and 4.6: 302.87 GB of fp8 experts, 531.35 GB of mxfp4 ones."""
+    for name, experts in (("MiMo-V2.5", 302_869_118_976), ("MiMo-V2.6-Pro", 531_351_207_936)):
+        lines = describe(CONFIGS / name, "expert=32").splitlines()
+        line = next(line for line in lines if line.split()[:1] == ["experts"])
+        assert line.split()[1:] == [f"{experts:,}", f"{experts // 32:,}"]
 
 
 def test_bad_input(hub, tmp_path):
@@ -170,7 +175,7 @@ def test_bad_input(hub, tmp_path):
         describe(hub, "experts=2")
     (tmp_path / "config.json").write_text((hub / "config.json").read_text())
     (tmp_path / MARKER).touch()
-    with pytest.raises(ValueError, match="a conversion that is not finished"):
+    with pytest.raises(ValueError, match="a conversion or an export that is not finished"):
         describe(tmp_path)
     (tmp_path / MARKER).unlink()
     (tmp_path / "model.safetensors").write_bytes((hub / "model.safetensors").read_bytes()[:1000])
