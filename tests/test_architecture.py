@@ -15,7 +15,7 @@ MAX_LINES = 300
 # From the top down. A file imports from its own row and from those below, never from above, and never in a circle.
 # "" is the package's own __init__: the public names, which only the command line takes from there.
 ROWS = [
-    {"__main__"}, {"cli", "info"}, {""}, {"evaluate"}, {"generate"}, {"checkpoint"}, {"model"},
+    {"__main__"}, {"cli", "info"}, {""}, {"evaluate", "calibrate"}, {"generate"}, {"checkpoint"}, {"model"},
     {"attention", "moe", "mlp"}, {"cache", "rope", "norm", "linear"}, {"axes", "quant"},
     {"config", "config_check", "config_hub", "codec", "encode"},
 ]

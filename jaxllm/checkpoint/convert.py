@@ -14,8 +14,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.checkpoint.files import Files
@@ -28,8 +31,10 @@ from jaxllm.checkpoint.shards import COPIED, LocalShards, Shards, progress_bar
 from jaxllm.checkpoint.source import Convertible, Tally
 from jaxllm.checkpoint.store import PARAMS
 from jaxllm.checkpoint.writer import unfinished, write_pieces
+from jaxllm.codec import DTYPES
 
 KEEP = "keep"      # `weights`: as they are stored
+PACKED = tuple(DTYPES)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")      # on the hub
 
 
@@ -45,14 +50,15 @@ class Converted:
 
 
 def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], *, weights: str = KEEP, resume: bool = False,
-            reading: str | None = None, revision: str | None = None, options: Mapping[str, Any] | None = None,
-            progress: bool = True) -> Converted:
+            reading: str | None = None, revision: str | None = None, classes: Sequence[str] = ("experts",),
+            group: int = 32, grams: Mapping[str, np.ndarray] | None = None, progress: bool = True) -> Converted:
     """Write the checkpoint in hub layout `source` to `out`, for `open_source` and plain Orbax.
 
     source: a folder, or the id of a repository on the hub, of which `revision` is taken. out: a new or empty folder, or
     an address such as gs://bucket/folder; with `resume` also what an interrupted conversion left there.
-    weights: the form in which parameters are stored; other than "keep" by `requantise.requantised`, with `options`,
-    which are noted in the manifest as JSON.
+    weights: the form in which parameters are stored: "keep", "bfloat16", "float32", or fp8, mxfp4 or int4 for the
+    matrices of `classes` (experts, attention, dense, head; or all), int4 in groups of `group`; `grams` of
+    `calibrate.collect_grams` make 4-bit codes better.
     reading: how attention rows lie in files that leave it open (readings.py).
     `progress` shows bars, and what is left out, on stderr. NaN or Inf: one warning for each parameter.
     Errors: CheckpointError for a checkpoint that is not whole or changes, an `out` that holds something or cannot be
@@ -62,7 +68,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
     with filling(files, resume), tempfile.TemporaryDirectory() as temporary:
         shards = open_shards(source, revision, files.local / SOURCE if files.local else Path(temporary), progress)
         hub = HubSource(shards.folder, reading)
-        made, config = _in_form(weights, hub, options or {})
+        made, config = (hub, None) if weights == KEEP else _requantised(hub, weights, classes, group, grams)
         if progress and made.left_out:
             groups = ", ".join(f"{group} ({len(names)})" for group, names in made.left_out.items())
             print(f"left out, not part of the text model: {groups}", file=sys.stderr)
@@ -70,8 +76,8 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
         pieces = [*_copies(shards.folder, config), *metadata_pieces(made),
                   *array_pieces(made, hub.hub.tensors, tallies)]
         _check_disk(files, pieces)
-        chosen = json.loads(json.dumps({"weights": weights, **(options or {})}))      # as a later run will read it
-        journal = Journal(files, Plan(shards.identity, shards.hashes(), chosen, made.reading, made.num_mtp))
+        options = _options(weights, classes, group, grams)
+        journal = Journal(files, Plan(shards.identity, shards.hashes(), options, made.reading, made.num_mtp))
         with progress_bar(sum(piece.size for piece in pieces), Path(files.place).name, progress) as done:
             write_pieces(unfinished(pieces, files, journal, done), files, shards, journal, done)
         write_manifest(files, Manifest(journal.plan, {piece.name: journal.done[piece.name] for piece in pieces}))
@@ -93,13 +99,23 @@ def open_shards(source: str | os.PathLike[str], revision: str | None, work: Path
     return HubShards(str(source), revision, work)
 
 
-def _in_form(weights: str, hub: HubSource, options: Mapping[str, Any]) -> tuple[Convertible, dict[str, Any] | None]:
-    """The source with its weights in the form asked for, and its config.json if that is not the hub folder's."""
-    if weights == KEEP:
-        return hub, None
+def _requantised(hub: HubSource, *form: Any) -> tuple[Convertible, dict[str, Any]]:
+    """The source with its weights in another form, and the config.json that describes them."""
     from jaxllm.checkpoint.requantise import requantised
-    source = requantised(hub, weights, **options)
+    source = requantised(hub, *form)
     return source, source.hub_config()
+
+
+def _options(weights: str, classes: Sequence[str], group: int, grams: Mapping[str, np.ndarray] | None
+             ) -> dict[str, Any]:
+    """What a later run must be told too, to go on with this one."""
+    if weights not in PACKED:
+        return {"weights": weights}
+    digest = sha256()
+    for path, gram in sorted((grams or {}).items()):
+        digest.update(path.encode() + gram.tobytes())
+    return {"weights": weights, "classes": list(classes), "group": group,
+            "grams": digest.hexdigest() if grams else None}
 
 
 def _copies(folder: Path, config: dict[str, Any] | None) -> list[Piece]:

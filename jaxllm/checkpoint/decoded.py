@@ -8,11 +8,12 @@ from jaxllm.checkpoint.kinds import CODES, SCALE
 from jaxllm.checkpoint.source import Source
 from jaxllm.codec import kind_of, packed_dim, unpack
 
-AS_STORED = ("router_DE", "bias_E", "sink_N")      # small, used in float32, and stored so in most releases
+AS_STORED = ("router_DE", "bias_E")      # small, used in float32; moe_router_dtype says how routers are stored
 
 
 class Decoded:
-    """The parameters of `source` as plain ones of `dtype`, a float; routers and their biases stay as they are stored.
+    """The parameters of `source` as plain ones of `dtype`, a float; routers and their biases stay as they are stored,
+    and sinks are not narrowed.
 
     A code times its scale is a product in float32, by definition; a shorter `dtype` has the nearest number to it.
     """
@@ -25,7 +26,8 @@ class Decoded:
             if path != leaf:
                 shape = self._plain_shape(path)
             if not leaf.endswith(SCALE):
-                self.params[path] = shape, stored if path.endswith(AS_STORED) else dtype
+                self.params[path] = shape, (stored if path.endswith(AS_STORED) else
+                                            np.promote_types(stored, dtype) if path.endswith("sink_N") else dtype)
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """params[path][index], not empty."""

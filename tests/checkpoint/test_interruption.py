@@ -181,16 +181,15 @@ def test_other_options_are_refused(hub, out, monkeypatch):
 
 
 def test_weights_in_another_form_are_resumed_in_that_form(hub, out):
-    options = {"classes": ("experts",), "group": 32}
-    convert(hub, out, weights="mxfp4", options=options, progress=False)
+    convert(hub, out, weights="mxfp4", progress=False)
     before = tree(out)
     (out / "params/layers.1.moe.gate_EDI.codes/3.0.0").unlink()
-    convert(hub, out, weights="mxfp4", options=options, resume=True, progress=False)
+    convert(hub, out, weights="mxfp4", resume=True, progress=False)
     assert tree(out) == before
     for weights, changes, message in (("mxfp4", {"classes": ["dense"]}, "classes is .'dense'., then .'experts'."),
                                       ("int4", {}, "weights is 'int4', then 'mxfp4'")):
         with pytest.raises(CheckpointError, match=message):
-            convert(hub, out, weights=weights, options=options | changes, resume=True, progress=False)
+            convert(hub, out, weights=weights, **changes, resume=True, progress=False)
     assert tree(out) == before
 
 
