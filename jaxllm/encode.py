@@ -30,9 +30,14 @@ def fp8_scale(largest: np.ndarray) -> np.ndarray:
     return np.where(largest == 0, np.float32(1), np.maximum(largest / E4M3_MAX, SMALLEST))
 
 
-def fp8_codes(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """e4m3fn codes of finite float32 values, given the scale of each."""
-    return (values / scale).astype(ml_dtypes.float8_e4m3fn)
+def fp8_codes(w_IO: np.ndarray, scale_BS: np.ndarray) -> np.ndarray:
+    """e4m3fn codes [in, out] of finite float32 [in, out], with one scale for each of B x S equal blocks."""
+    (rows, columns), (B, S) = w_IO.shape, scale_BS.shape
+    codes = np.empty((rows, columns), ml_dtypes.float8_e4m3fn)
+    for row, scale_S in zip(range(0, rows, rows // B), scale_BS, strict=True):
+        block = slice(row, row + rows // B)
+        codes[block] = (w_IO[block].reshape(-1, S, columns // S) / scale_S[:, None]).reshape(-1, columns)
+    return codes
 
 
 def pack(w_IO: np.ndarray, kind: str, group: int, feedback_II: np.ndarray | None = None

@@ -37,6 +37,8 @@ def test_fp8_is_that_of_ml_dtypes():
     w = matrix(0)
     scale = fp8_scale(np.abs(w).max(0))
     codes = fp8_codes(w, scale[None, :])
+    by_row = fp8_codes(w.T.copy(), scale[:, None])
+    assert np.array_equal(by_row.view(np.uint8), codes.view(np.uint8).T)
     assert np.array_equal(scale, np.abs(w).max(0) / np.float32(448))
     assert codes.view(np.uint8).tolist() == (w / scale[None, :]).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).tolist()
     assert (np.abs(codes.astype(np.float32)).max(0) == 448).all()      # the largest uses the whole range
@@ -94,9 +96,9 @@ def test_zero_tiny_and_huge(kind, group, value):
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1.2e-38, 3.4e38])
 def test_fp8_zero_tiny_and_huge(value):
     scale = fp8_scale(np.array([value], np.float32))
-    decoded = fp8_codes(np.array([value], np.float32), scale).astype(np.float32) * scale
+    decoded = fp8_codes(np.array([[value]], np.float32), scale[None, :]).astype(np.float32) * scale[None, :]
     assert (scale >= 2.0**-126).all() and np.isfinite(scale).all()
-    assert abs(decoded[0] - np.float32(value)) <= max(value * 2**-4, 2.0**-126)
+    assert abs(decoded[0, 0] - np.float32(value)) <= max(value * 2**-4, 2.0**-126)
 
 
 def test_a_group_that_would_lose_its_largest_gets_a_larger_scale():

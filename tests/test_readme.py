@@ -91,15 +91,15 @@ def test_commands(checkout, capsys):
             assert printed.strip()
         if block.prints is not None:
             assert lines(printed) == lines(block.prints)
-    assert set(verbs) == {"convert", "generate", "info"}
+    assert set(verbs) == {"convert", "verify", "export", "generate", "eval", "info"}
 
 
-def test_commands_of_several_hosts():
-    """They parse, and their meshes have the devices that the README speaks of."""
+def test_commands_that_are_for_other_machines():
+    """They parse, and the meshes of several hosts have the devices that the README speaks of."""
     found = [arguments for block in BLOCKS if block.language == "" and "make" not in block.body
              for arguments in commands(block.body)]
-    parsed = [make_parser().parse_args(arguments) for arguments in found]
-    assert all(args.distributed for args in parsed)
+    parsed = [args for args in map(make_parser().parse_args, found) if hasattr(args, "mesh")]
+    assert len(found) - len(parsed) == 5 and all(args.distributed for args in parsed)
     assert [make_abstract_mesh(args.mesh).size for args in parsed] == [64, 2 * 8]
 
 

@@ -66,26 +66,28 @@ class Repacked:
         path = parameter_of(leaf)
         if path not in self.chosen:
             return self.source.read(leaf, index)
-        read = self._read_blocks if self.chosen[path].name == "fp8" else self._read_groups
         cut = bounds(index, self.params[leaf][0])
         if not self.entries[path].stacked:
-            return read(path, 0, leaf, cut)
-        return np.stack([read(path, number, leaf, cut[1:]) for number in range(*cut[0])])
+            return self._read_matrix(path, 0, leaf, cut)
+        return np.stack([self._read_matrix(path, number, leaf, cut[1:]) for number in range(*cut[0])])
 
-    def _read_groups(self, path: str, number: int, leaf: str, cut: Cut) -> np.ndarray:
-        """A slice of the 4-bit codes, or of the scales, of matrix `number`."""
-        entry = self.entries[path]
+    def _read_matrix(self, path: str, number: int, leaf: str, cut: Cut) -> np.ndarray:
+        """A slice of the codes, or of the scales, of matrix `number`."""
+        entry, is_fp8 = self.entries[path], self.chosen[path].name == "fp8"
+        if is_fp8 and leaf.endswith(SCALE):
+            return self._fp8_scale(path, number)[tuple(slice(*edges) for edges in cut)]
+        read = self._fp8_unit if is_fp8 else self._unit
         axis, found = len(entry.in_dims), []
         start, stop = cut[axis]
-        for unit in units(entry):
+        for unit in units(entry, self._height(path)):
             if unit.start < stop and start < unit.stop:
                 inside = [slice(*edges) for edges in cut]
                 inside[axis] = slice(max(start - unit.start, 0), stop - unit.start)
-                found.append(self._unit(path, number, unit, leaf)[tuple(inside)])
+                found.append(read(path, number, unit, leaf)[tuple(inside)])
         return np.concatenate(found, axis)
 
     def _unit(self, path: str, number: int, unit: range, leaf: str) -> np.ndarray:
-        """The codes of a unit, or its scales, all in our dims."""
+        """The 4-bit codes of a unit, or their scales, in our dims."""
         key = path, number, unit.start
         if leaf.endswith(SCALE) and (scale := self._kept.take(key)) is not None:
             return scale
@@ -116,20 +118,18 @@ class Repacked:
                 self._feedback = gram_II, feedback(gram_II)
             return pack(w_IO, kind.name, kind.block[1], self._feedback[1])
 
-    def _read_blocks(self, path: str, number: int, leaf: str, cut: Cut) -> np.ndarray:
-        """A slice of the fp8 codes, or of the scales, of matrix `number`."""
-        scale = self._scale(path, number)
-        if leaf.endswith(SCALE):
-            return scale[tuple(slice(*edges) for edges in cut)]
-        entry = self.entries[path]
-        steps = [size // parts for size, parts in zip(entry.in_dims + entry.out_dims, scale.shape, strict=True)]
-        factor = scale[np.ix_(*(np.arange(*edges) // step for edges, step in zip(cut, steps, strict=True)))]
-        return fp8_codes(self._values(path, number, tuple(slice(*edges) for edges in cut)), factor)
+    def _fp8_unit(self, path: str, number: int, unit: range, leaf: str) -> np.ndarray:
+        """The fp8 codes of a unit, in our dims."""
+        entry, w_IO, scale = self.entries[path], self._matrix(path, number, unit), self._fp8_scale(path, number)
+        tall = self._height(path)
+        scale = scale.reshape(math.prod(scale.shape[:len(entry.in_dims)]), -1)
+        first = unit.start * math.prod(entry.out_dims[1:]) // tall
+        codes = fp8_codes(w_IO, scale[:, first:first + w_IO.shape[1] // tall])
+        return codes.reshape(*entry.in_dims, len(unit), *entry.out_dims[1:])
 
-    def _scale(self, path: str, number: int) -> np.ndarray:
+    def _fp8_scale(self, path: str, number: int) -> np.ndarray:
         """The fp8 scales of matrix `number`, in our dims."""
-        leaf = self.table.entries[path + SCALE]
-        assert isinstance(leaf, Scale)
+        leaf = self._scale_leaf(path)
         (run,), single = leaf.entry.matrices[number], leaf.entry.in_dims + leaf.entry.out_dims
         blocks = self._blocks(run.tensor)
         return blocks[leaf.labels[run.tensor].rows[None, :], leaf.columns[:, None]].reshape(single)
@@ -142,35 +142,40 @@ class Repacked:
         largest = np.zeros(self.table.shapes[scale], np.float32)
         for leaf, number in self.table.scale_uses[scale]:
             path = parameter_of(leaf.path)
-            entry, rows = self.entries[path], leaf.labels[tensor].rows
-            tall, wide = entry.out_dims[-1] // leaf.entry.out_dims[-1], entry.in_dims[-1] // leaf.entry.in_dims[-1]
-            done = 0
+            entry, rows, done = self.entries[path], leaf.labels[tensor].rows, 0
+            tall, wide = self._height(path), entry.in_dims[-1] // leaf.entry.in_dims[-1]
             for unit in units(entry, tall):
-                w_IO = np.abs(self._matrix(path, number, unit))
-                segments = w_IO.reshape(-1, wide, w_IO.shape[1]).max(1).reshape(len(w_IO) // wide, -1, tall).max(2)
-                part = rows[done:done + segments.shape[1]]
-                np.maximum.at(largest, (part[None, :], leaf.columns[:, None]), segments)
-                done += len(part)
+                w_IO = self._matrix(path, number, unit)
+                row = np.abs(w_IO, out=w_IO).reshape(-1, wide, w_IO.shape[1]).max(1)
+                segments = row.reshape(len(row), -1, tall).max(2)
+                labels = rows[done:done + segments.shape[1]]
+                np.maximum.at(largest, (labels[None, :], leaf.columns[:, None]), segments)
+                done += len(labels)
         found = fp8_scale(largest)
         self._kept.put(tensor, found)
         return found
 
-    def _matrix(self, path: str, number: int, unit: range) -> np.ndarray:
-        """float32 [in, out] of some columns of matrix `number`."""
-        entry = self.entries[path]
-        index = (*map(slice, entry.in_dims), slice(unit.start, unit.stop), *map(slice, entry.out_dims[1:]))
-        return self._values(path, number, index).reshape(math.prod(entry.in_dims), -1)
+    def _scale_leaf(self, path: str) -> Scale:
+        leaf = self.table.entries[path + SCALE]
+        assert isinstance(leaf, Scale)
+        return leaf
 
-    def _values(self, path: str, number: int, index: Index) -> np.ndarray:
-        """float32 numbers of matrix `number` in our dims."""
-        if not self.entries[path].stacked:
-            values = self.plain.read(path, index)
-        else:
-            values = self.plain.read(path, (slice(number, number + 1), *index))[0]
+    def _height(self, path: str) -> int:
+        """Along the innermost out-dim, what one scale covers."""
+        if self.chosen[path].name != "fp8":
+            return 1
+        return self.entries[path].out_dims[-1] // self._scale_leaf(path).entry.out_dims[-1]
+
+    def _matrix(self, path: str, number: int, unit: range) -> np.ndarray:
+        """float32 [in, out] of a unit of matrix `number`."""
+        entry = self.entries[path]
+        stack = (slice(number, number + 1),) if entry.stacked else ()
+        values = self.plain.read(path, (*stack, *map(slice, entry.in_dims), slice(unit.start, unit.stop),
+                                        *map(slice, entry.out_dims[1:])))
         if bad := count_nonfinite(values):
             raise CheckpointError(f"{self.describe(path)} has {bad} NaN or Inf values, which {self.chosen[path].name} "
                                   "cannot hold; the file is damaged: download it again, or leave its class out")
-        return values
+        return values.reshape(math.prod(entry.in_dims), -1)
 
 
 class Kept:

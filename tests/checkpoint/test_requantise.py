@@ -230,11 +230,14 @@ def test_config_tells_what_is_packed(tmp_path, kind, weights, classes, told):
 
 
 def test_stated_ignored_layers_stay(tmp_path):
-    """Those that name no tensor of ours mean something to other programs."""
-    write_packed(tmp_path, JOINED, "fp8", "ranks=4", ignored_layers=["model.decoder.self_attn.o_proj"])
-    ignored = requantised(HubSource(tmp_path), "mxfp4").hub_config()["quantization_config"]["ignored_layers"]
+    """Those that name no tensor of ours mean something to other programs; those that are packed now go."""
+    write_packed(tmp_path, JOINED, "fp8", "ranks=4", ignored_layers=["model.decoder.self_attn.o_proj",
+                                                                     "model.layers.0.self_attn.o_proj"])
+    ignored, of_all = (requantised(HubSource(tmp_path), "mxfp4", classes).hub_config()["quantization_config"][
+        "ignored_layers"] for classes in (["experts"], ["all"]))
     assert ignored[0] == "model.decoder.self_attn.o_proj" and "model.layers.0.self_attn.o_proj" in ignored
     assert not any("experts" in name or "qkv" in name or "gate" in name for name in ignored)
+    assert of_all == ["model.decoder.self_attn.o_proj"]
 
 
 @pytest.mark.parametrize(("options", "message"), [
