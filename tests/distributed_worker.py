@@ -63,7 +63,7 @@ TEXTS = {
 def load_counted(folder, mesh):
     """The model, and the bytes that this process read of each parameter."""
     source = CountingSource(folder)
-    jaxllm.generate.load.open_source = lambda _: source
+    jaxllm.generate.load.open_source = lambda *_: source
     return jaxllm.load(folder, mesh=mesh, dtype="float32"), dict(source.read_bytes)
 
 
