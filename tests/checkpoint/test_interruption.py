@@ -337,4 +337,4 @@ def test_kill_9_at_random_moments(tmp_path):
         after = listing(target)
         assert all(after[path] == before[path] for path in kept)
         assert tree(target) == expected
-    assert interrupted > count / 2      # the others were killed before the first file or after the last
+    assert interrupted > count / 4      # the others were killed before the first file or after the last
