@@ -12,7 +12,7 @@ demo: build/mimo-nano/config.json       # text in seven languages on 8 emulated 
 test: $(INSTALLED)                      # style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 bench: $(INSTALLED)                     # speed on this machine, the peers that are installed beside it
 	$(BIN)/python tools/bench.py

@@ -10,8 +10,9 @@ import pytest
 import jaxllm
 from jaxllm.axes import spec
 from jaxllm.calibrate import collect_grams
-from jaxllm.checkpoint import load_arrays
+from jaxllm.checkpoint import CheckpointError, load_arrays
 from jaxllm.checkpoint.hubsource import HubSource
+from jaxllm.checkpoint.repack import Repacked
 from jaxllm.checkpoint.requantise import requantised
 from jaxllm.documents import cut_up, read_documents
 from jaxllm.evaluate import TOTAL, evaluate
@@ -123,6 +124,30 @@ def loaded(source: object, like: jaxllm.Model) -> jaxllm.Model:
     arrays = load_arrays(source, parameters(model))
     return Model(jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], model), like.mesh,
                  like.tokenizer, ())
+
+
+def test_a_calibrated_conversion_is_resumed_to_the_same_bytes(file, tmp_path, monkeypatch):
+    """What was collected in the first run is not kept: the second collects it again, and finds the same."""
+    def calibrated(name: str, file: Path = file, resume: bool = False) -> Path:
+        grams = collect_grams(jaxllm.load(NANO), [file])
+        return jaxllm.convert(NANO, tmp_path / name, weights="mxfp4", grams=grams, resume=resume, progress=False).folder
+
+    def fail(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        if path.startswith("layers.4.moe.down_EID"):
+            raise CheckpointError("read failed")
+        return real(self, path, index)
+
+    real = Repacked.read
+    monkeypatch.setattr("jaxllm.checkpoint.journal.EVERY_SECONDS", 0)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="read failed"):
+        patch.setattr(Repacked, "read", fail)
+        calibrated("resumed")
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": TEXTS[0]}))
+    with pytest.raises(CheckpointError, match="other options"):
+        calibrated("resumed", tmp_path / "other.jsonl", resume=True)
+    again, once = calibrated("resumed", resume=True), calibrated("at once")
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == {
+        path.relative_to(once): path.read_bytes() for path in once.rglob("*") if path.is_file()}
 
 
 def test_what_it_is_for(nano, tmp_path):

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import cli
-from jaxllm.cli import main
+from jaxllm.cli import main, models
 from jaxllm.info import describe
 
 ROOT = Path(__file__).parent.parent
@@ -48,8 +47,8 @@ def asked(monkeypatch):
         (message,) = messages
         return f"<{message['role']}>{message['content']}"
 
-    monkeypatch.setattr(cli, "load", load)
-    monkeypatch.setattr(cli, "describe", lambda *arguments: calls.append(("describe", *arguments)))
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "describe", lambda *arguments: calls.append(("describe", *arguments)))
     monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(("initialize",)))
     return calls
 
@@ -163,7 +162,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, message
 def test_errors_of_several_lines_and_of_the_system(monkeypatch, capsys):
     for error, said in ((ValueError("one\n  two"), "one two"), (PermissionError(13, "Permission denied", "x"),
                                                                 "[Errno 13] Permission denied: 'x'")):
-        monkeypatch.setattr(cli, "describe", raising(error))
+        monkeypatch.setattr(models, "describe", raising(error))
         assert main(["info", NANO]) == 2
         assert capsys.readouterr().err == f"jaxllm: error: {said}\n"
 
@@ -171,13 +170,13 @@ def test_errors_of_several_lines_and_of_the_system(monkeypatch, capsys):
 def test_a_bug_keeps_its_traceback(monkeypatch):
     for error in (TypeError("a bug"), RuntimeError("a bug"), AssertionError("a bug"), KeyError("a bug"),
                   jax.dtypes.TypePromotionError("a bug"), np.exceptions.AxisError("a bug")):
-        monkeypatch.setattr(cli, "describe", raising(error))
+        monkeypatch.setattr(models, "describe", raising(error))
         with pytest.raises(type(error), match="a bug"):
             main(["info", NANO])
 
 
 def test_interrupted(monkeypatch):
-    monkeypatch.setattr(cli, "describe", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(models, "describe", raising(KeyboardInterrupt()))
     assert main(["info", NANO]) == 130
 
 

@@ -2,8 +2,9 @@
 
     python tools/bench_packed.py [--model configs/mimo-nano] [--rounds 5] [--layer]
 
-First the model as float32, and converted with --weights fp8, mxfp4 and int4, computing in float32: the forms take turns
-in one process, and the table has the medians and the ratios to float32. Then (--layer: only that; 4 GB of memory) 256
+First the model as float32, and converted with --weights fp8, mxfp4 and int4 (experts alone, as the releases do, and all
+matrices), computing in float32: the forms take turns in one process, and the table has the medians and the ratios to
+float32. Then (--layer: only that; 4 GB of memory) 256
 experts of 4096 x 2048 in MXFP4: the time of 8 tokens that choose 8 experts each, of one such token, and of 8 tokens
 that choose all 256; who reads only what was chosen is faster by the experts that were not.
 """
@@ -24,22 +25,23 @@ import jaxllm
 from jaxllm.moe import experts_by_block
 from jaxllm.quant import Packed
 
-FORMS = ("float32", "fp8", "mxfp4", "int4")
+FORMS = {"float32": {"weights": "float32"}} | {f"{kind} {classes}": {"weights": kind, "classes": [classes]}
+                           for classes in ("experts", "all") for kind in ("fp8", "mxfp4", "int4")}
 E, D, I, A, M = 256, 4096, 2048, 8, 8      # noqa: E741
 
 
 def time_forms(folder: Path, rounds: int) -> None:
     models = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for form in FORMS:
-            jaxllm.convert(folder, Path(temporary, form), weights=form, progress=False)
+        for form, options in FORMS.items():
+            jaxllm.convert(folder, Path(temporary, form), **options, progress=False)
             models[form] = jaxllm.load(Path(temporary, form), dtype="float32")
     columns: dict[str, Callable[[jaxllm.Model], float]] = {
         f"batch {B}, tokens/s": lambda model, B=B: B * (NEW_TOKENS - 1) / run_once(
             model, B, PROMPT_TOKENS, NEW_TOKENS)[1] for B in BATCHES}
     columns[f"prefill of {PREFILL_TOKENS}, tokens/s"] = lambda model: PREFILL_TOKENS / run_once(
         model, 1, PREFILL_TOKENS, 1)[0]
-    print(f"{'':10}" + "".join(f"{column:>30}" for column in columns) + f"{'bytes of weights':>20}")
+    print(f"{'':14}" + "".join(f"{column:>30}" for column in columns) + f"{'bytes of weights':>20}")
     speeds = {form: {column: [] for column in columns} for form in FORMS}
     for turn in range(rounds + 1):
         for form, model in models.items():
@@ -54,7 +56,7 @@ def time_forms(folder: Path, rounds: int) -> None:
             ratio = median(slow / fast for slow, fast in zip(base, own, strict=True))
             cells.append(f"{median(own):,.0f} ({ratio:.2f}x the time)")
         nbytes = sum(array.nbytes for array in jax.tree.leaves(model.transformer))
-        print(f"{form:10}" + "".join(f"{cell:>30}" for cell in cells) + f"{nbytes:20,}")
+        print(f"{form:14}" + "".join(f"{cell:>30}" for cell in cells) + f"{nbytes:20,}")
 
 
 def random_stack(rng: np.random.Generator, width: int, out: int) -> Packed:

@@ -75,7 +75,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], *, weig
         tallies = {path: Tally() for path in made.params}
         pieces = [*_copies(shards.folder, config), *metadata_pieces(made),
                   *array_pieces(made, hub.hub.tensors, tallies)]
-        _check_disk(files, pieces)
+        _check_disk(files, pieces, shards.room)
         options = _options(weights, classes, group, grams)
         journal = Journal(files, Plan(shards.identity, shards.hashes(), options, made.reading, made.num_mtp))
         with progress_bar(sum(piece.size for piece in pieces), Path(files.place).name, progress) as done:
@@ -133,12 +133,14 @@ def _content(file: Path) -> bytes:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _check_disk(files: Files, pieces: Sequence[Piece]) -> None:
-    """Before anything is written. What an earlier run has written is there already."""
+def _check_disk(files: Files, pieces: Sequence[Piece], room: int) -> None:
+    """Before anything is written: is there place for all pieces, and `room` bytes for the shards that come and go? What
+    an earlier run has written is there already.
+    """
     if not files.local:
         return
     place = next(parent for parent in (files.local, *files.local.parents) if parent.exists())
-    needed = sum(piece.size for piece in pieces) - sum(
+    needed = room + sum(piece.size for piece in pieces) - sum(
         file.stat().st_size for file in (files.local / PARAMS).rglob("*") if file.is_file())
     free = shutil.disk_usage(place).free
     if free < needed:

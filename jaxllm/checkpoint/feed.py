@@ -27,6 +27,8 @@ class Feed:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._shards.stop()
         self._thread.shutdown(cancel_futures=kind is not None)
         if kind is None:
             self._raise_from_releases()

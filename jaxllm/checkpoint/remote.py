@@ -54,6 +54,14 @@ class HubShards:
         small = {name: hash_file(self.folder / name) for name in self._small if name in {*used, *COPIED, INDEX}}
         return small | {name: str(file.sha256) for name, file in self._shards.items() if name in used}
 
+    @property
+    def room(self) -> int:
+        """Bytes for the largest shards that are here at once, less what a killed run has left of shards."""
+        largest = sorted(file.size for file in self._shards.values())[-AT_HAND:]
+        files = (file for name in self._shards for file in (self.folder / name, self._beside(name, ".partial")))
+        taken = sum(_taken(file) for file in files if file.exists())
+        return max(0, sum(largest) - taken)
+
     def is_here(self, name: str) -> bool:
         """Whether the file holds its data, and not a hole in its place."""
         return name in self._here or name in self._small
@@ -80,6 +88,9 @@ class HubShards:
             self._here.remove(name)
             with _writing(self.folder / name):
                 self._drop(name)
+
+    def stop(self) -> None:
+        self.repo.stopped.set()
 
     def _make_room(self, name: str) -> None:
         """Drop what a killed run left of other shards, as far as `name` would be one too many beside it."""
@@ -152,8 +163,12 @@ def _writing(target: Path) -> Iterator[None]:
 
 def _has_data(file: Path) -> bool:
     """Whether `file` takes the disk that its size needs. Only a hint: file systems differ in what they count."""
-    stat = file.stat()
-    return stat.st_blocks * 512 >= stat.st_size
+    return _taken(file) >= file.stat().st_size
+
+
+def _taken(file: Path) -> int:
+    """Bytes of disk; a hole takes none."""
+    return file.stat().st_blocks * 512
 
 
 def _header_end(file: Path) -> int:

@@ -30,10 +30,14 @@ AT_ONCE = min(8, os.cpu_count() or 1)      # files hashed at the same time; a co
 class Shards(Protocol):
     """The files of one checkpoint in hub layout, by their names relative to `folder`."""
     folder: Path      # what HubSource opens
-
     @property
     def identity(self) -> Mapping[str, str]:
         """Which checkpoint this is, for people: {"folder": ...} or {"hub": ..., "revision": ...}."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """Bytes of disk that its shards will take, beside what they take already."""
         ...
 
     def hashes(self) -> dict[str, str]:
@@ -48,9 +52,14 @@ class Shards(Protocol):
         """The shard will not be read again; what was read of it must have been what `hashes` says."""
         ...
 
+    def stop(self) -> None:
+        """Nothing more is wanted: an `acquire` in another thread may end without a result."""
+        ...
+
 
 class LocalShards:
     """A hub folder on this machine: every file is hashed once, and must then stay as it is."""
+    room = 0
 
     def __init__(self, folder: str | os.PathLike[str], progress: bool = False):
         self.folder, self.progress = Path(folder), progress
@@ -79,6 +88,9 @@ class LocalShards:
         if hasattr(os, "posix_fadvise"):      # not on macOS. What is read no more makes room for what is written
             with open(self.folder / name, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def stop(self) -> None:
+        pass      # nothing here takes long
 
     def _hash(self, name: str, done: Callable[[int], object]) -> str:
         found = hash_file(self.folder / name, done)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import random
-import time
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +57,12 @@ class RemoteFile:
 class Repo:
     """The model repository `repo_id` at what `revision` (a branch, tag or commit) is now: its `commit` and `files`.
 
-    Errors: CheckpointError in one line that names repository and revision, for all that the hub or the line may do.
+    Setting `stopped` ends what other threads fetch. Errors: CheckpointError in one line that names repository and
+    revision, for all that the hub or the line may do.
     """
 
     def __init__(self, repo_id: str, revision: str):
-        self.repo_id, self.revision, self.api = repo_id, revision, HfApi()
+        self.repo_id, self.revision, self.api, self.stopped = repo_id, revision, HfApi(), threading.Event()
         try:
             info = self._insist("the list of files", lambda: self.api.model_info(
                 repo_id, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
@@ -103,6 +104,7 @@ class Repo:
                         stream.seek(0)
                         stream.truncate()
                     for piece in response.iter_raw():
+                        self._check_wanted(name)
                         stream.write(piece)
                         if stream.tell() >= size:
                             return
@@ -131,7 +133,15 @@ class Repo:
                 raise CheckpointError(f"{what} of {self} cannot be fetched: {reason}, {attempt} times in a row; check "
                                       f"the network, wait {wait:.0f} s or more and run again with --resume")
             logging.getLogger(__name__).warning("%s of %s: %s; again in %.0f s", what, self, reason, wait)
-            time.sleep(wait)
+            self._rest(wait)
+            self._check_wanted(what)
+
+    def _rest(self, seconds: float) -> None:
+        self.stopped.wait(seconds)
+
+    def _check_wanted(self, what: str) -> None:
+        if self.stopped.is_set():
+            raise CheckpointError(f"{what} of {self} was not fetched to its end: the conversion has ended")
 
     def _refusal(self, what: str, error: Exception, status: int) -> str:
         if isinstance(error, RevisionNotFoundError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.checkpoint.files import Files
-from jaxllm.checkpoint.incomplete import is_incomplete
+from jaxllm.checkpoint.load import refuse_incomplete
 from jaxllm.checkpoint.manifest import MANIFEST, Manifest, Stored, read_manifest
 from jaxllm.checkpoint.shards import at_once, hash_file, progress_bar
 from jaxllm.checkpoint.store import PARAMS
@@ -26,8 +26,7 @@ def verify(folder: str | os.PathLike[str], source: str | os.PathLike[str] | None
     Errors: CheckpointError that names every file that is missing, damaged or too many.
     """
     files = Files(folder)
-    if is_incomplete(folder):
-        raise CheckpointError(f"{folder} is a conversion that is not finished: run jaxllm convert again with --resume")
+    refuse_incomplete(folder)
     manifest = read_manifest(files)
     if manifest is None:
         raise CheckpointError(f"{folder} has no {MANIFEST}, so there is nothing to check it against: it was converted "

@@ -16,6 +16,7 @@ from jaxllm.checkpoint.incomplete import is_incomplete
 from jaxllm.checkpoint.manifest import read_manifest
 from jaxllm.checkpoint.store import PARAMS
 from jaxllm.checkpoint.verify import verify
+from jaxllm.generate.load import load
 
 
 @pytest.mark.parametrize("case", ["v2_flash", "v25", "v26_pro"])
@@ -101,3 +102,18 @@ def test_an_address_that_is_refused_is_left_as_it_was(hub, out):
     with pytest.raises(CheckpointError, match="already holds something .*mine.txt"):
         convert(hub, place, resume=True, progress=False)
     assert Files(place).names() == ["mine.txt"]
+
+
+def test_loading_from_an_address(tmp_path, out):
+    """The small files come along, packed weights stay packed, and the logits are those of the folder."""
+    config, options = CASES["v25"]
+    write_release(config, tmp_path / "hub", **options)
+    for place in (out, f"memory://{out}"):
+        convert(tmp_path / "hub", place, progress=False)
+    folder, address = (load(place, "expert=2,tensor=2") for place in (out, f"memory://{out}"))
+    assert address.config == folder.config and all(
+        a.dtype == b.dtype and a.sharding == b.sharding
+        for a, b in zip(*(jax.tree.leaves(model.transformer) for model in (address, folder)), strict=True))
+    np.testing.assert_array_equal(address.logits([[1, 2, 3]]), folder.logits([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="memory://nothing has no config.json: expected the address of a folder"):
+        load("memory://nothing")

@@ -1,9 +1,11 @@
 """Converting from the hub: the same bytes as from a folder, whatever the line does, with two shards on the disk."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hub_files import ROOT, SMALL
@@ -122,3 +124,11 @@ def test_a_killed_conversion_goes_on(hub, local, out, number):
     fetched = {name: asked for name, asked in hub.requests if name in SHARDS}
     assert fetched[SHARDS[number]].startswith(f"bytes={half}-")
     assert not fetched.keys() & set(SHARDS[:number - 1])
+
+
+def test_the_disk_must_hold_the_output_and_two_shards(hub, local, out, monkeypatch):
+    output = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=output + 1000))
+    with pytest.raises(CheckpointError, match="needs .* bytes, but .* has .* free; nothing was written"):
+        convert(REPO, out, progress=False)
+    assert not out.exists()

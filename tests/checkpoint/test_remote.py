@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub.constants
 import numpy as np
@@ -153,18 +154,44 @@ def test_a_header_costs_no_shard_where_there_are_no_ranges(hub, work, tmp_path):
 
 def test_waits_are_what_the_hub_asks_for_or_ever_longer(hub, work, monkeypatch):
     waits = []
-    monkeypatch.setattr(transfer.time, "sleep", waits.append)
+    monkeypatch.setattr(transfer.Repo, "_rest", lambda self, seconds: waits.append(seconds))
     monkeypatch.setattr(transfer, "FIRST_WAIT", 1.0)
     hub.break_down("list", Fault(status=429, headers=(("Retry-After", "7"),)),
                    Fault(status=429, headers=(("RateLimit", '"resolvers";r=0;t=55'),)),
                    Fault(status=429, headers=(("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT"),)),
                    Fault(status=503), Fault(drop=10))
     HubShards(REPO, None, work)
-    for wait, least in zip([wait for wait in waits if wait], (7, 55, 4, 8, 16), strict=True):
+    for wait, least in zip(waits, (7, 55, 4, 8, 16), strict=True):
         assert least <= wait <= 1.25 * least
     hub.break_down("list", Fault(status=429, headers=(("Retry-After", "86400"),)))
     with pytest.raises(CheckpointError, match="status 429, 1 times in a row; check the network, wait [0-9]{5,6} s or"):
         HubShards(REPO, None, work)
+
+
+@pytest.mark.parametrize("fault", [Fault(FOREVER, status=503), Fault()], ids=["waiting", "downloading"])
+def test_what_is_not_wanted_any_more_is_not_fetched_to_its_end(hub, work, monkeypatch, fault):
+    """As after Ctrl-C: neither a wait for a busy hub nor a slow shard holds up the end."""
+    shards = HubShards(REPO, None, work)
+    monkeypatch.setattr(transfer, "FIRST_WAIT", 500.0)
+    hub.break_down(FIRST, fault)
+    hub.pace, before = 0.5, len(hub.requests)
+    with ThreadPoolExecutor(1) as thread:
+        fetching = thread.submit(shards.acquire, FIRST)
+        wait_until(lambda: len(hub.requests) > before)
+        shards.stop()
+        with pytest.raises(CheckpointError, match=f"{FIRST} of .* was not fetched to its end: the conversion has ende"):
+            fetching.result(20)
+    assert not shards.is_here(FIRST)
+
+
+def test_the_disk_it_needs_is_that_of_the_two_largest(hub, work):
+    """Less what is there already: an interrupted run that would fit must not be refused."""
+    shards = HubShards(REPO, None, work)
+    sizes = sorted(file.size for name, file in shards.repo.files.items() if name.endswith(".safetensors"))
+    assert 0.8 * sum(sizes[-2:]) < shards.room <= sum(sizes[-2:])      # headers are there
+    before = shards.room
+    shards.acquire(FIRST)
+    assert shards.room <= max(0, before - 0.9 * shards.repo.files[FIRST].size)
 
 
 @pytest.mark.parametrize(("fault", "message"), [
@@ -291,6 +318,7 @@ def test_a_disk_that_is_full(hub, work, monkeypatch):
 
 ACQUIRE = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from jaxllm.checkpoint import remote
 remote.GUESS = 512

@@ -132,7 +132,7 @@ def test_folders_without_a_manifest(hub, made):
 
 def test_an_interrupted_conversion(hub, out, monkeypatch):
     interrupt(hub, out, monkeypatch)
-    with pytest.raises(CheckpointError, match="is a conversion that is not finished: .*--resume"):
+    with pytest.raises(CheckpointError, match="is a conversion .*that is not finished: .*--resume"):
         verify(out, progress=False)
 
 
