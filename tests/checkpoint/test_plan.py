@@ -72,6 +72,9 @@ class Log:
         self.held.remove(name)
         self.events.append(f"-{name}")
 
+    def stop(self):
+        self.events.append("stop")
+
 
 def pieces_of(*shards: str) -> list[Piece]:
     return [Piece(f"{n}", 1, frozenset(names), bytes) for n, names in enumerate(shards)]
@@ -113,6 +116,7 @@ def test_what_a_shard_raises_is_raised(when, monkeypatch):
         for piece in pieces:
             feed.need(piece)
             feed.done(piece)
+    assert "stop" in log.events
 
 
 @pytest.mark.parametrize("threads", [1, 8])
