@@ -22,7 +22,7 @@ from bench import NANO, run_once
 from peers import BATCHES, NEW_TOKENS, PREFILL_TOKENS, PROMPT_TOKENS
 
 import jaxllm
-from jaxllm.moe import experts_by_block
+from jaxllm.experts import experts_by_block
 from jaxllm.quant import Packed
 
 FORMS = {"float32": {"weights": "float32"}} | {f"{kind} {classes}": {"weights": kind, "classes": [classes]}
