@@ -23,11 +23,12 @@ NO_PEAK = -1e30         # a finite floor for the maximum: where nothing is seen 
 
 
 def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
-           window: int | None, sink_N: jax.Array | None) -> jax.Array:
+           window: int | None, sink_N: jax.Array | None, begin_BT: jax.Array | None = None) -> jax.Array:
     """Attention output [B, T, N, V] in q's dtype.
 
-    A query at position p sees the keys at positions p - window + 1 .. p, or 0 .. p if `window` is None; a negative key
-    position means an empty slot. Query head n reads kv head n // (N/K); keys are not repeated.
+    A query at position p sees the keys at positions p - window + 1 .. p, or 0 .. p if `window` is None, and of these
+    none before begin_BT; a negative key position means an empty slot. Query head n reads kv head n // (N/K); keys are
+    not repeated.
     """
     B, T, N, H = q_BTNH.shape
     K, S, V = v_BKSV.shape[1:]
@@ -51,11 +52,13 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
         seen_BTS = (behind_BTS >= 0) & (k_pos >= 0)[:, None, :]
         if window is not None:
             seen_BTS &= behind_BTS < window
+        if begin_BT is not None:
+            seen_BTS &= k_pos[:, None, :] >= begin_BT[:, :, None]
         if size < S:    # the last block is moved back to fit; what it has in common with the one before counts once
             seen_BTS &= (start + jnp.arange(size, dtype=jnp.int32) >= first)[None, None, :]
         scores = einsum("bkgth,bkhs->bkgts", q_BKGTH, k) * (1 / math.sqrt(H))
         scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, scores.max(-1))
+        new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))      # the softmax does not depend on it
         weights = jnp.exp(scores - new_peak[..., None])
         keep = jnp.exp(peak - new_peak)
         values = einsum("bkgts,bksv->bkgtv", weights.astype(v.dtype), v)
@@ -65,18 +68,19 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
     if S <= KEY_BLOCK:
         _, total, out = visit(0, S, (peak, total, None))
     else:
-        num = jnp.max(q_pos_BT) // KEY_BLOCK + 1 if window is None else -(-S // KEY_BLOCK)
-        num = jnp.minimum(num, -(-S // KEY_BLOCK))
+        num: jax.Array | int = -(-S // KEY_BLOCK)
+        if window is None and T < S:      # slots of a cache, not all of them in use
+            num = jnp.minimum(jnp.max(q_pos_BT) // KEY_BLOCK + 1, num)
         out = jnp.zeros_like(peak, shape=(*peak.shape, V), out_sharding=P(batch, heads, None, None, None))
-        _, total, out = jax.lax.fori_loop(0, num, lambda i, state: visit(i * KEY_BLOCK, KEY_BLOCK, state),
-                                          (peak, total, out))
+        block = jax.checkpoint(lambda i, state: visit(i * KEY_BLOCK, KEY_BLOCK, state))
+        _, total, out = jax.lax.fori_loop(0, num, block, (peak, total, out))
     out_BKGTV = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jax.lax.reshape(out_BKGTV.transpose(0, 3, 1, 2, 4), (B, T, N, V),
                            out_sharding=P(batch, None, heads, None)).astype(q_BTNH.dtype)
 
 
 def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,
-                   sink_N: jax.Array | None) -> jax.Array:
+                   sink_N: jax.Array | None, begin_BT: jax.Array | None = None) -> jax.Array:
     """As `attend`, for T queries at positions start_B + (0..T-1) and the window - 1 + T keys that end with theirs.
 
     Queries go in blocks, each with only the keys that its window can reach: work grows with T * window, not T * T.
@@ -88,16 +92,19 @@ def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, star
     if T <= block:
         q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         k_pos = first_pos_B[:, None] + jnp.arange(T + reach, dtype=jnp.int32)[None]
-        return attend(q_BTNH, k_BKHS, v_BKSV, q_pos, k_pos, window, sink_N)
+        return attend(q_BTNH, k_BKHS, v_BKSV, q_pos, k_pos, window, sink_N, begin_BT)
     num = -(-T // block)
     pad = num * block - T
+    if begin_BT is not None:
+        begin_BT = jnp.pad(begin_BT, ((0, 0), (0, pad)))
     q_BTNH, k_BKHS, v_BKSV = (jnp.pad(x, [(0, pad if dim == at else 0) for dim in range(4)])
                               for x, at in ((q_BTNH, 1), (k_BKHS, 3), (v_BKSV, 2)))
 
     def one(i: jax.Array) -> jax.Array:
         q, k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, size, dim) for x, size, dim in (
             (q_BTNH, block, 1), (k_BKHS, block + reach, 3), (v_BKSV, block + reach, 2)))
-        return attend_sliding(q, k, v, start_B + i * block, window, sink_N)
+        begin = None if begin_BT is None else jax.lax.dynamic_slice_in_dim(begin_BT, i * block, block, 1)
+        return attend_sliding(q, k, v, start_B + i * block, window, sink_N, begin)
 
     out = jax.lax.map(one, jnp.arange(num, dtype=jnp.int32))       # [num, B, block, N, V]
     batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
@@ -119,20 +126,24 @@ class Attention(nnx.Module):
         self.sink_N = param(rngs, (N,), ("heads",), jnp.float32) if layer.has_sinks else None
 
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], start_B: jax.Array, end_B: jax.Array,
-                 cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        """Output [B, T, D] and the cache with these tokens in it; `rope` holds their angles."""
+                 cache: LayerCache | None, begin_BT: jax.Array | None = None
+                 ) -> tuple[jax.Array, LayerCache | None]:
+        """Output [B, T, D] and the cache with these tokens in it; `rope` holds their angles.
+
+        begin_BT, without a cache only: the place in the row before which a token sees nothing.
+        """
         dtype = x_BTD.dtype
         q = apply_rope(einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...]).astype(dtype), *rope)
         k = apply_rope(einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...]).astype(dtype), *rope)
         v = einsum("btd,dkv->btkv", x_BTD, self.v_DKV[...]).astype(dtype) * jnp.asarray(self.value_scale, dtype)
         sink = None if self.sink_N is None else self.sink_N[...]
-        out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink)
+        out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink, begin_BT)
         return einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, None)).astype(dtype), cache
 
 
 def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array,
-                  cache: LayerCache | None, window: int | None, sink_N: jax.Array | None
-                  ) -> tuple[jax.Array, LayerCache | None]:
+                  cache: LayerCache | None, window: int | None, sink_N: jax.Array | None,
+                  begin_BT: jax.Array | None = None) -> tuple[jax.Array, LayerCache | None]:
     """Attention of T new tokens to themselves and to the cache, and the cache with them in it.
 
     They stand at positions start_B + (0..T-1), those at or past end_B being padding; without a cache start_B is 0.
@@ -147,11 +158,11 @@ def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start
             return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
     k, v = k_BTKH.transpose(0, 2, 3, 1), v_BTKV.transpose(0, 2, 1, 3)
     if window is None:
-        return attend(q_BTNH, k, v, q_pos, q_pos, None, sink_N), new
+        return attend(q_BTNH, k, v, q_pos, q_pos, None, sink_N, begin_BT), new
     if cache is None:
         k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (window - 1, 0)))
         v = jnp.pad(v, ((0, 0), (0, 0), (window - 1, 0), (0, 0)))
     else:
         old = previous(cache, start_B, window - 1)
         k, v = jnp.concatenate([old.k_BKHS, k], 3), jnp.concatenate([old.v_BKSV, v], 2)
-    return attend_sliding(q_BTNH, k, v, start_B, window, sink_N), new
+    return attend_sliding(q_BTNH, k, v, start_B, window, sink_N, begin_BT), new

@@ -78,7 +78,7 @@ def watch(layer: Layer, x_BTD: jax.Array, length_B: jax.Array) -> tuple[jax.Arra
     start_B = jnp.zeros_like(length_B)
     position_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
     rope = rope_angles(position_BT, *rope_kind(layer.attention.layer))
-    out_BTD, _ = layer(x_BTD, rope, start_B, length_B, None)
+    out_BTD, *_ = layer(x_BTD, rope, start_B, length_B, None)
 
     def attend(x_BTD: jax.Array) -> jax.Array:
         return layer.attention(layer.attention_norm(x_BTD), rope, start_B, length_B, None)[0]

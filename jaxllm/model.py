@@ -20,7 +20,8 @@ from jaxllm.cache import Cache, LayerCache
 from jaxllm.config import Config, LayerSpec
 from jaxllm.linear import matmul_in_parts, param
 from jaxllm.mlp import MLP
-from jaxllm.moe import MoE
+from jaxllm.moe import MoE, Routing
+from jaxllm.mtp import MTPBlock
 from jaxllm.norm import RMSNorm
 from jaxllm.rope import rope_angles
 
@@ -37,21 +38,26 @@ class Layer(nnx.Module):
             self.mlp = MLP(D, config.intermediate_size, dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], start_B: jax.Array, end_B: jax.Array,
-                 cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
-        out, cache = self.attention(self.attention_norm(x_BTD), rope, start_B, end_B, cache)
+                 cache: LayerCache | None, begin_BT: jax.Array | None = None
+                 ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+        """Residual stream [B, T, D], the cache with these tokens in it, and where experts are, which were chosen."""
+        out, cache = self.attention(self.attention_norm(x_BTD), rope, start_B, end_B, cache, begin_BT)
         x_BTD = x_BTD + out
-        mlp = self.moe if self.attention.layer.is_moe else self.mlp
-        return x_BTD + mlp(self.mlp_norm(x_BTD)), cache
+        if not self.attention.layer.is_moe:
+            return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache, None
+        out, routing = self.moe(self.mlp_norm(x_BTD))
+        return x_BTD + out, cache, routing
 
 
 class Transformer(nnx.Module):
     """A MiMo-V2 text model on the mesh in context. Parameters: normal(0, 0.02) matrices and biases, norms of ones.
 
     On a mesh whose tensor degree exceeds a layer's number of kv heads, each head of k and v is stored degree / heads
-    times, so that every device has the one it needs.
+    times, so that every device has the one it needs. `num_mtp` MTP blocks come with it, for those who call them.
     """
 
-    def __init__(self, config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, *, rngs: nnx.Rngs,
+                 num_mtp: int = 0):
         check_mesh(config, mesh)
         D, W = config.hidden_size, config.vocab_size
         self.config = config
@@ -59,6 +65,8 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([Layer(config, layer, dtype, rngs=rngs) for layer in stored_layers(config, mesh)])
         self.norm = RMSNorm(D, config.layernorm_epsilon, dtype, rngs=rngs)
         self.head_DW = None if config.tie_word_embeddings else param(rngs, (D, W), ("embed", "vocab"), dtype)
+        self.mtp = nnx.List([MTPBlock(config, stored_layer(config.mtp_layer, mesh), dtype, rngs=rngs)
+                             for _ in range(num_mtp)])
 
     def __call__(self, tokens_BT: jax.Array, cache: Cache | None = None, length_B: jax.Array | None = None
                  ) -> tuple[jax.Array, Cache | None]:
@@ -72,19 +80,25 @@ class Transformer(nnx.Module):
         end_B = start_B + (T if length_B is None else length_B)
         position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         ropes = {kind: rope_angles(position_BT, *kind) for kind in {rope_kind(layer) for layer in self.config.layers}}
-        x = self.embed_WD[...].at[tokens_BT].get(out_sharding=spec("batch", None, None))
-        new = []
+        x, new = self.embed(tokens_BT), []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layer_cache = layer(x, ropes[rope_kind(layer.attention.layer)], start_B, end_B,
-                                       cache.layers[i] if cache else None)
+                x, layer_cache, _ = layer(x, ropes[rope_kind(layer.attention.layer)], start_B, end_B,
+                                          cache.layers[i] if cache else None)
                 new.append(layer_cache)
         return x, Cache(tuple(cast(list[LayerCache], new)), end_B) if cache else None
 
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.embed_WD[...].at[tokens_BT].get(out_sharding=spec("batch", None, None))
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, W], the vocabulary split over the mesh, from hidden states before the final norm."""
+        return self.head(self.norm(x_BTD))
+
+    def head(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits from hidden states after a final norm, the model's own or that of an MTP block."""
         head_DW = self.embed_WD[...].T if self.head_DW is None else self.head_DW[...]
-        return matmul_in_parts(self.norm(x_BTD), head_DW)
+        return matmul_in_parts(x_BTD, head_DW)
 
 
 def rope_kind(layer: LayerSpec) -> tuple[int, float]:
@@ -93,8 +107,11 @@ def rope_kind(layer: LayerSpec) -> tuple[int, float]:
 
 def stored_layers(config: Config, mesh: Mesh | AbstractMesh) -> list[LayerSpec]:
     """The layers as a model on this mesh stores them: kv heads repeated up to the tensor degree."""
-    return [dataclasses.replace(layer, num_kv_heads=max(layer.num_kv_heads, degree(mesh, "kv_heads")))
-            for layer in config.layers]
+    return [stored_layer(layer, mesh) for layer in config.layers]
+
+
+def stored_layer(layer: LayerSpec, mesh: Mesh | AbstractMesh) -> LayerSpec:
+    return dataclasses.replace(layer, num_kv_heads=max(layer.num_kv_heads, degree(mesh, "kv_heads")))
 
 
 def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:

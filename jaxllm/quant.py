@@ -1,7 +1,9 @@
-"""Packed weights on the device: they stay codes and scales in memory, and become numbers just before a product.
+"""Weights that are no plain arrays but stand where one would: packed ones, and adapted ones.
 
-`Packed` stands where a plain array would, sharded alike; jaxllm/codec.py says what its two arrays mean. What is decoded
-at once is one matrix of attention, of the dense MLP or of the head, or one expert.
+A packed weight stays codes and scales in memory, sharded as a plain one, and becomes numbers just before a product;
+jaxllm/codec.py says what its two arrays mean. What is decoded at once is one matrix of attention, of the dense MLP or
+of the head, or one expert. An adapted weight is another with a product of two thin matrices added (LoRA, arXiv
+2106.09685), which is never multiplied out.
 """
 import dataclasses
 from collections.abc import Sequence
@@ -40,10 +42,31 @@ class Packed:
         return self
 
 
-Weight = jax.Array | Packed
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """base + scale * a @ b: `a` has the in-dims of the base and r, `b` has r and the out-dims, both after E in a stack.
+
+    Their dims are split over the mesh as those of the base; r is not split.
+    """
+    base: "Weight"
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def __getitem__(self, index: EllipsisType) -> "Adapted":
+        """`weight[...]`, as modules read their parameters: its parts are read alike."""
+        return Adapted(self.base[...], self.a[...], self.b[...], self.scale)
 
 
-def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
+Weight = jax.Array | Packed | Adapted
+
+
+def decode(weight: jax.Array | Packed, dtype: jnp.dtype) -> jax.Array:
     """The numbers that a weight stands for: code times scale in float32, then as `dtype`."""
     if not isinstance(weight, Packed):
         return weight.astype(dtype)
@@ -56,10 +79,12 @@ def decode(weight: Weight, dtype: jnp.dtype) -> jax.Array:
 
 
 def take(weight: Weight, index: jax.Array) -> Weight:
-    """weight[index] of a stack, packed if the stack is."""
+    """weight[index] of a stack, packed or adapted if the stack is."""
     def pick(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
+    if isinstance(weight, Adapted):
+        return Adapted(take(weight.base, index), pick(weight.a), pick(weight.b), weight.scale)
     if isinstance(weight, Packed):
         return Packed(pick(weight.codes), pick(weight.scale), weight.dim - 1)
     return pick(weight)

@@ -16,9 +16,10 @@ from oracle import DTYPES, TOLERANCE, check, normal, wide
 
 from jaxllm.axes import make_mesh, spec
 from jaxllm.config import Config, LayerSpec
+from jaxllm.experts import block_rows, experts_by_block, experts_by_ragged_dot
 from jaxllm.mlp import MLP
 from jaxllm.model import Layer, stored_layers
-from jaxllm.moe import MoE, block_rows, experts_by_block, experts_by_ragged_dot, route
+from jaxllm.moe import MoE, route
 from jaxllm.norm import RMSNorm
 from jaxllm.rope import apply_rope, rope_angles
 
@@ -215,7 +216,7 @@ def test_moe(dtype, mesh):
     """The router reads the same bfloat16 input as the oracle, in float32, so both choose the same experts."""
     config, x_BTD = tiny(), normal(np.random.default_rng(0), 2, 25, 32, dtype=dtype)
     with jax.set_mesh(make_mesh(mesh)):
-        module, ours = run(lambda: MoE(config, jnp.dtype(dtype), rngs=nnx.Rngs(0)), x_BTD)
+        module, (ours, _) = run(lambda: MoE(config, jnp.dtype(dtype), rngs=nnx.Rngs(0)), x_BTD)
     check(ours, np.stack([moe_by_numpy(module, config, x) for x in wide(*x_BTD)]), dtype)
 
 
@@ -252,7 +253,7 @@ def test_layer(dtype, mesh, i):
         layer = stored_layers(config, make_mesh(mesh))[i]
         position_BT = jax.device_put(np.tile(np.arange(20, dtype=np.int32), (2, 1)), spec("batch", None))
         zero_B, rope = position_BT[:, 0], rope_angles(position_BT, layer.rotary_dim, layer.rope_theta)
-        module, (ours, cache) = run(lambda: Layer(config, layer, jnp.dtype(dtype), rngs=nnx.Rngs(0)), x_BTD, rope,
+        module, (ours, cache, _) = run(lambda: Layer(config, layer, jnp.dtype(dtype), rngs=nnx.Rngs(0)), x_BTD, rope,
                                     zero_B, zero_B + 20, None)
     assert cache is None
     check(ours, np.stack([layer_by_numpy(module, layer, config, x) for x in wide(*x_BTD)]), dtype)

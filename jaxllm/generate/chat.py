@@ -56,7 +56,7 @@ class ChatTemplate:
         known = {**self._special_tokens, "messages": messages, "tools": tools,
                  "add_generation_prompt": add_generation_prompt}
         try:
-            return _environment().from_string(self._templates[name]).render({**known, **variables})
+            return _compiled(self._templates[name]).render({**known, **variables})
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{self._source}: the chat template is broken at line {error.lineno}: "
                              f"{error.message}") from error
@@ -116,6 +116,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+@functools.cache
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,

@@ -109,13 +109,14 @@ def packed_as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> P
                   leaf.update(shape=tuple(scale), dtype=scale_dtype), dim)
 
 
-def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype) -> Transformer:
+def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, num_mtp: int = 0) -> Transformer:
     """The module tree with a ShapeDtypeStruct for each parameter, its sharding on `mesh` in it; allocates nothing."""
     def make() -> Transformer:
         # one key for all, since none is drawn from: nnx.Rngs counts its keys, and tracing the count takes time that is
         # quadratic in the number of parameters (70 layers: 25 s instead of 0.5)
         key = jax.random.key(0)
-        return Transformer(config, mesh, dtype, rngs=cast(nnx.Rngs, SimpleNamespace(params=lambda: key)))
+        return Transformer(config, mesh, dtype, rngs=cast(nnx.Rngs, SimpleNamespace(params=lambda: key)),
+                           num_mtp=num_mtp)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
         tree = jax.eval_shape(make)

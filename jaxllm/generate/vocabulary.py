@@ -98,17 +98,27 @@ class SentencePieceVocabulary:
             raise ValueError(f"{path}: sentencepiece cannot read it ({error}); is the file whole?") from error
         self.size = self._library.vocab_size()
         self.special = {token for token in range(self.size) if self._library.is_control(token)}
-        names = sorted(map(self._library.id_to_piece, self.special), key=len, reverse=True)
-        self._special_names = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         space = self.token_id("▁")
         self.strips_every_leading_space = space is not None and self._library.decode([space, space]) == ""
+        self._cut_out = {self._library.id_to_piece(token): [token] for token in self.special} | self._space_mark()
+        names = sorted(map(re.escape, self._cut_out), key=len, reverse=True)
+        self._names = re.compile(f"({'|'.join(names)})") if names else None
+
+    def _space_mark(self) -> dict[str, list[int]]:
+        """The letter that the library writes for a space, in bytes, where the vocabulary has them all.
+
+        Where the library puts a space before each part that it encodes, cutting it out would lose more than it saves.
+        """
+        ids = [self.token_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        spelled = [token for token in ids if token is not None]
+        return {"▁": spelled} if len(spelled) == len(ids) and self._library.normalize("a") == "a" else {}
 
     def encode(self, text: str) -> list[int]:
-        """The library takes control pieces that are written out for plain text, so they are cut out first."""
-        parts = self._special_names.split(text) if self._special_names else [text]
+        """Control pieces, which the library takes for plain text, and "▁", which it takes for a space, are cut out."""
+        parts = self._names.split(text) if self._names else [text]
         tokens: list[int] = []
         for i, part in enumerate(parts):                     # texts at even places, names at odd ones
-            tokens += self._library.encode(part) if i % 2 == 0 else [self._library.piece_to_id(part)]
+            tokens += self._library.encode(part) if i % 2 == 0 else self._cut_out[part]
         return tokens
 
     def token_id(self, content: str) -> int | None:
