@@ -35,6 +35,7 @@ from jaxllm.checkpoint.shards import COPIED, progress_bar
 from jaxllm.checkpoint.source import Source
 from jaxllm.checkpoint.tensorfile import parse_json
 from jaxllm.checkpoint.tensorwriter import Piece, Tensors, count_bytes, made_ahead, write_tensors
+from jaxllm.checkpoint.trained import TrainedSource
 from jaxllm.checkpoint.writer import THREADS
 from jaxllm.config import Config
 
@@ -70,7 +71,8 @@ class Release:
 
 def export(folder: str | os.PathLike[str], hub_dir: str | os.PathLike[str], *, weights: str = KEEP, layout: str = KEEP,
            reading: str | None = None, shard_bytes: int = SHARD_BYTES, progress: bool = True) -> Exported:
-    """Write the checkpoint `folder`, converted or in hub layout, to `hub_dir`, a new or empty folder on this machine.
+    """Write the checkpoint `folder`, converted, in hub layout or of a training run, to `hub_dir`, a new or empty
+    folder on this machine.
 
     weights: "keep" keeps every bit; "bfloat16" and "float32" decode what is packed and cast the rest, but for routers.
     layout: "split" cuts a fused qkv_proj into q_proj, k_proj and v_proj, heads in their natural order, as transformers,
@@ -127,7 +129,7 @@ def _open(folder: str | os.PathLike[str], weights: str, layout: str, reading: st
 
 def _rows_of(source: Source) -> tuple[str | None, int]:
     """(the reading of its attention rows, how many MTP blocks it has)."""
-    if isinstance(source, HubSource):
+    if isinstance(source, HubSource | TrainedSource):
         return source.reading, source.num_mtp
     manifest = read_manifest(source.folder)
     if manifest is None:

@@ -19,6 +19,7 @@ from jaxllm.checkpoint.hubsource import FLOATS, HubSource
 from jaxllm.checkpoint.incomplete import is_incomplete
 from jaxllm.checkpoint.source import Source, Tally, read_blocks
 from jaxllm.checkpoint.store import StoreSource, is_store
+from jaxllm.checkpoint.trained import TrainedSource, is_run, read_settings
 
 KV = re.compile(r"attention\.(k_DKH|v_DKV)(\.codes|\.scale)?$")      # may be wanted with each head repeated along K
 K_DIM = 1
@@ -26,7 +27,8 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def open_source(folder: str | os.PathLike[str], reading: str | None = None) -> Source:
-    """The parameters of a hub folder, or of one that `convert` wrote. Errors: CheckpointError, ConfigError.
+    """The parameters of a hub folder, of one that `convert` wrote, or of a training run. Errors: CheckpointError,
+    ConfigError.
 
     `reading`: how attention rows lie in a hub folder whose shapes leave that open (readings.py).
     """
@@ -34,6 +36,9 @@ def open_source(folder: str | os.PathLike[str], reading: str | None = None) -> S
     if is_store(folder):
         return StoreSource(folder)
     folder = Path(folder)
+    if is_run(folder):
+        start = read_settings(folder).get("model")
+        return TrainedSource(folder, open_source(start, reading) if start else None)
     if folder.is_dir() and (any(folder.glob("*.safetensors")) or (folder / INDEX).exists()):
         return HubSource(folder, reading)
     raise CheckpointError(f"{folder} holds no model: expected a hub folder ({SINGLE}, or {INDEX} and its shards) or "

@@ -1,4 +1,5 @@
-"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`.
+"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`,
+`train`, `tokenizer`.
 
 Bad input (ValueError, OSError) is one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
@@ -9,8 +10,11 @@ from collections.abc import Sequence
 from jaxllm.cli.files import add_convert, add_export, add_verify
 from jaxllm.cli.models import add_eval, add_generate, add_info
 from jaxllm.cli.parser import Parser
+from jaxllm.cli.tokenizer import add_tokenizer
+from jaxllm.cli.train import add_train
 
-ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info)      # in the order of --help
+# In the order of --help.
+ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

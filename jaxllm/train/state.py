@@ -1,0 +1,150 @@
+"""What a run trains, what it leaves alone, and where on the mesh it lies."""
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.checkpoint.load import load_arrays
+from jaxllm.checkpoint.source import Source
+from jaxllm.codec import PARTS
+from jaxllm.config import Config
+from jaxllm.generate.load import abstract_model, as_stored, parameter_path, parameters
+from jaxllm.model import Transformer
+from jaxllm.quant import Packed
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.run import Run
+from jaxllm.train.shard import gathered, stored
+
+Arrays = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. Parameters by path."""
+    step: jax.Array           # int32, steps done
+    trained: Arrays           # by gradient
+    biases: Arrays            # of routers, by the balancing rule
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a mesh. `computed`: the module tree, abstract, as the model computes; `held`: path -> abstract leaf as
+    it is stored, packed or not; `trained`: the paths that have gradients."""
+    run: Run
+    config: Config
+    mesh: Mesh
+    computed: Transformer
+    held: dict[str, Any]
+    trained: frozenset[str]
+
+    @property
+    def biases(self) -> list[str]:
+        return [path for path in self.held if path.endswith(".moe.bias_E")]
+
+    @property
+    def frozen(self) -> list[str]:
+        return [path for path in self.held if path not in self.trained and path not in self.biases]
+
+    def abstract(self) -> TrainState:
+        """The state as shapes, dtypes and shardings."""
+        with jax.set_mesh(self.mesh):
+            state = jax.eval_shape(self._state, {path: self.held[path] for path in [*self.trained, *self.biases]})
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(self.mesh, getattr(x.sharding, "spec", PartitionSpec()))), state)
+
+    def begin(self, source: Source | None) -> tuple[TrainState, dict[str, Any]]:
+        """(the state before the first step, path -> frozen parameter), of the source; what it lacks is drawn anew."""
+        found = {} if source is None else load_arrays(source, {
+            path: leaf for path, leaf in flat(self.held).items() if path in source.params})
+        drawn = self._draw(sorted(set(flat(self.held)) - found.keys()))
+        values = join(self.held, found | drawn)
+        with jax.set_mesh(self.mesh):
+            state = jax.jit(self._state, donate_argnums=0)(
+                {path: values[path] for path in [*self.trained, *self.biases]})
+        return state, {path: values[path] for path in self.frozen}
+
+    def model(self, trained: Mapping[str, Any], biases: Mapping[str, Any], frozen: Mapping[str, Any]) -> Transformer:
+        """The module tree to compute with, in which what is stored otherwise is gathered as it is used."""
+        values = {**trained, **biases, **frozen}
+        dtype = jnp.dtype(self.run.dtype)
+
+        def leaf(path: tuple, computed: Any) -> Any:
+            value = values[parameter_path(path)]
+            if isinstance(value, jax.Array) and value.dtype != computed.dtype and computed.dtype == dtype:
+                value = value.astype(dtype)      # of a float32 master
+            return gathered(value, computed)
+        return jax.tree_util.tree_map_with_path(leaf, self.computed, is_leaf=lambda x: isinstance(x, Packed))
+
+    def _state(self, values: Arrays) -> TrainState:
+        trained = {path: values[path] for path in sorted(self.trained)}
+        return TrainState(jnp.int32(0), trained, {path: values[path] for path in self.biases},
+                          make_optimizer(self.run).init(trained))
+
+    def _draw(self, paths: list[str]) -> Arrays:
+        """Norms of ones, biases and sinks of zeros, and normal matrices: the same numbers on every mesh."""
+        leaves = {path: flat(self.held)[path] for path in paths}
+        key, std = jax.random.key(self.run.seed), self.run.initializer_range
+
+        def draw() -> Arrays:
+            return {path: _drawn(path, leaf, jax.random.fold_in(key, zlib.crc32(path.encode())), std)
+                    for path, leaf in leaves.items()}
+        with jax.set_mesh(self.mesh):
+            return jax.jit(draw)()
+
+
+def _drawn(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array, std: float) -> jax.Array:
+    assert isinstance(leaf.sharding, NamedSharding)
+    if leaf.ndim == 1:
+        return jnp.full(leaf.shape, 1 if path.endswith("scale_D") else 0, leaf.dtype, out_sharding=leaf.sharding.spec)
+    return (std * jax.random.normal(key, leaf.shape, out_sharding=leaf.sharding.spec)).astype(leaf.dtype)
+
+
+def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_mtp: int) -> Plan:
+    """ValueError if the run would train what it cannot: packed parameters, or kv heads that the mesh repeats."""
+    computed = abstract_model(config, mesh, jnp.dtype(run.dtype), num_mtp)
+    tensor, repeated = mesh.shape["tensor"], min(layer.num_kv_heads for layer in config.layers)
+    if tensor > repeated:
+        raise ValueError(f"mesh axis tensor = {tensor} repeats kv heads, of which some layer has {repeated}; to train, "
+                         f"choose tensor <= {repeated} and more of data or expert")
+    paths = [path for path in parameters(computed) if not path.endswith(".moe.bias_E")]
+    trained = frozenset(path for path in paths if any(fnmatchcase(path, pattern) for pattern in run.train))
+    if not trained:
+        raise ValueError(f"train = {list(run.train)} names no parameter; there are {', '.join(paths[:5])}, ...")
+    params = source.params if source else {}
+    packed = sorted(path for path in trained if f"{path}.codes" in params)
+    if packed:
+        raise ValueError(f"{packed[0]} and {len(packed) - 1} others are packed and cannot be trained as they are: "
+                         "leave them out of `train`, or convert with --weights bfloat16")
+    master = jnp.dtype("float32") if run.master else jnp.dtype(run.dtype)
+
+    def held(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        if path in trained:
+            return stored(leaf.update(dtype=jnp.promote_types(leaf.dtype, master)))
+        return jax.tree.map(stored, as_stored(path, leaf, params))
+    computed_as = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if parameter_path(path) in trained else as_stored(parameter_path(path), leaf, params),
+        computed)
+    return Plan(run, config, mesh, computed_as, {path: held(path, leaf) for path, leaf in parameters(computed).items()},
+                trained)
+
+
+def flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> leaf, where a packed one is its two, as a `Source` has them."""
+    found: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        parts = {f"{path}.{part}": getattr(leaf, part) for part in PARTS} if isinstance(leaf, Packed) else {path: leaf}
+        found |= parts
+    return found
+
+
+def join(leaves: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+    """The reverse of `flat`, with arrays."""
+    return {path: Packed(arrays[f"{path}.codes"], arrays[f"{path}.scale"], leaf.dim) if isinstance(leaf, Packed)
+            else arrays[path] for path, leaf in leaves.items()}
