@@ -27,8 +27,9 @@ CONFIG = tiny_config(
 LENGTHS = ((15, 1, 10), (9, 3, 16))      # of the documents of each row; what is left is padding
 T, PROMPT = 28, 5                        # tokens of a row, and of the last document's part that is not counted
 STEP = 1e-5      # of finite differences: float64 rounds them by 1e-10 here, and cuts off as much
-# Share of the gradient of a group of parameters, by the Euclidean norm; test_loss_golden.py has the reason.
-TOLERANCE = 1e-5
+# Share of the gradient of a group of parameters, by the Euclidean norm. Along one direction float32 leaves it up to
+# 3e-7; as a whole up to 3e-6 (test_loss_golden.py).
+TOLERANCE = 2e-6
 
 
 def make_batch():
@@ -129,4 +130,4 @@ def test_remat_changes_nothing(model, ours):
     value, _, again = gradients(model, remat=True)
     assert abs(float(value - ours[0])) < 1e-6
     for path, grad in ours[2].items():
-        np.testing.assert_allclose(again[path], grad, rtol=0, atol=1e-6 * np.abs(grad).max(initial=1e-30), err_msg=path)
+        np.testing.assert_allclose(again[path], grad, rtol=0, atol=2e-6 * np.abs(grad).max(initial=1e-30), err_msg=path)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from hub_maker import tiny_config
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxllm
 from jaxllm.checkpoint import CheckpointError, export
@@ -36,6 +37,15 @@ def settings(folder: Path, **changes) -> Run:
 def losses(folder: Path) -> dict[int, tuple[float, ...]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: (line["loss"], line["mtp_0"], line["grad_norm"], line["balance"]) for line in lines}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs here have the same few programs; a cache of this module's own saves most of its time."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
