@@ -119,10 +119,10 @@ class Attention(nnx.Module):
     def __init__(self, D: int, layer: LayerSpec, value_scale: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         N, K, H, V = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim
         self.layer, self.value_scale = layer, value_scale
-        self.q_DNH = param(rngs, (D, N, H), ("embed", "heads", "head_dim"), dtype)
-        self.k_DKH = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), dtype)
-        self.v_DKV = param(rngs, (D, K, V), ("embed", "kv_heads", "head_dim"), dtype)
-        self.o_NVD = param(rngs, (N, V, D), ("heads", "head_dim", "embed"), dtype)
+        self.q_DNH = param(rngs, (D, N, H), ("attention_embed", "heads", "head_dim"), dtype)
+        self.k_DKH = param(rngs, (D, K, H), ("attention_embed", "kv_heads", "head_dim"), dtype)
+        self.v_DKV = param(rngs, (D, K, V), ("attention_embed", "kv_heads", "head_dim"), dtype)
+        self.o_NVD = param(rngs, (N, V, D), ("heads", "head_dim", "attention_embed"), dtype)
         self.sink_N = param(rngs, (N,), ("heads",), jnp.float32) if layer.has_sinks else None
 
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], start_B: jax.Array, end_B: jax.Array,
@@ -133,12 +133,15 @@ class Attention(nnx.Module):
         begin_BT, without a cache only: the place in the row before which a token sees nothing.
         """
         dtype = x_BTD.dtype
-        q = apply_rope(einsum("btd,dnh->btnh", x_BTD, self.q_DNH[...]).astype(dtype), *rope)
-        k = apply_rope(einsum("btd,dkh->btkh", x_BTD, self.k_DKH[...]).astype(dtype), *rope)
-        v = einsum("btd,dkv->btkv", x_BTD, self.v_DKV[...]).astype(dtype) * jnp.asarray(self.value_scale, dtype)
+        x_BTd, heads = jax.reshard(x_BTD, spec("batch", None, "attention_embed")), spec("batch", None, "heads", None)
+        q = apply_rope(einsum("btd,dnh->btnh", x_BTd, self.q_DNH[...], heads).astype(dtype), *rope)
+        k = apply_rope(einsum("btd,dkh->btkh", x_BTd, self.k_DKH[...], heads).astype(dtype), *rope)
+        v = einsum("btd,dkv->btkv", x_BTd, self.v_DKV[...], heads).astype(dtype)
+        v *= jnp.asarray(self.value_scale, dtype)
         sink = None if self.sink_N is None else self.sink_N[...]
         out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink, begin_BT)
-        return einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, None)).astype(dtype), cache
+        out_BTd = einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, "attention_embed")).astype(dtype)
+        return jax.reshard(out_BTd, spec("batch", None, None)), cache
 
 
 def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array,

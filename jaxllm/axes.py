@@ -7,6 +7,8 @@ W vocabulary, L layers. "axis" is a mesh axis, "dim" an array dimension.
 
 The mesh always has the three axes `data` (batch), `expert` (experts) and `tensor` (heads and hidden dims). The
 vocabulary and the dense hidden dim are large and belong to no head and no expert, so they use both of the latter.
+Attention has no experts, and a router neither heads nor experts of its own: along what is left of the two, they are
+split by D, and the partial products are added.
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": "data",
     "vocab": ("expert", "tensor"),
     "embed": None,
+    "attention_embed": "expert",
+    "router_embed": ("expert", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,

@@ -21,6 +21,7 @@ from jaxllm.checkpoint.load import refuse_incomplete
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.checkpoint.store import StoreSource, is_store
 from jaxllm.config import Config, LayerSpec
+from jaxllm.gathered import stored
 from jaxllm.generate.load import abstract_model, as_stored, parameters
 from jaxllm.quant import Packed
 
@@ -48,7 +49,7 @@ def describe(path: str | os.PathLike[str], mesh: str | Mapping[str, int] | None 
     dtype = jnp.dtype(config.dtype)
     source = _held(folder)
     params = source.params if source else stated_params(config)
-    forms = {path: as_stored(path, leaf, params)
+    forms = {path: as_stored(path, stored(leaf), params)
              for path, leaf in parameters(abstract_model(config, abstract_mesh, dtype)).items()}
     arrays = parameters(forms)
     axes = ", ".join(f"{axis}={size}" for axis, size in abstract_mesh.shape.items())

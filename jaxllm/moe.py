@@ -68,14 +68,15 @@ class MoE(nnx.Module):
         D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
         assert E is not None and I is not None
         self.config = config
-        self.router_DE = param(rngs, (D, E), ("embed", None), jnp.float32)
+        self.router_DE = param(rngs, (D, E), ("router_embed", None), jnp.float32)
         self.bias_E = param(rngs, (E,), (None,), jnp.float32)
         self.gate_EDI = param(rngs, (E, D, I), ("experts", "embed", "moe_mlp"), dtype)
         self.up_EDI = param(rngs, (E, D, I), ("experts", "embed", "moe_mlp"), dtype)
         self.down_EID = param(rngs, (E, I, D), ("experts", "moe_mlp", "embed"), dtype)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        scores = jax.nn.sigmoid(einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.router_DE[...]))
+        x_BTd = jax.reshard(x_BTD.astype(jnp.float32), spec("batch", None, "router_embed"))
+        scores = jax.nn.sigmoid(einsum("btd,de->bte", x_BTd, self.router_DE[...], spec("batch", None, None)))
         expert, weight = route(scores, self.bias_E[...], self.config)
         out = jax.shard_map(local_experts, out_specs=spec("batch", None, None))(
             x_BTD, expert, weight, self.gate_EDI[...], self.up_EDI[...], self.down_EID[...])

@@ -13,6 +13,7 @@ import jaxllm
 from jaxllm.documents import read_documents, windows_of
 from jaxllm.evaluate import TOTAL, evaluate
 from jaxllm.generate.engine import Model
+from jaxllm.generate.load import parameter_path
 
 NANO = Path("configs/mimo-nano")
 HELDOUT = NANO / "heldout"
@@ -27,9 +28,9 @@ def nano() -> Model:
 
 def changed(model: Model) -> Model:
     """The model with another embedding, not far from its own."""
-    transformer = jax.tree.map(lambda x: x, model.transformer)
-    embed_WD = transformer.embed_WD[...]
-    transformer.embed_WD.set_value(embed_WD + 0.3 * jnp.roll(embed_WD, 1, axis=1))
+    transformer = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 0.3 * jnp.roll(x, 1, axis=1) if parameter_path(path) == "embed_WD" else x,
+        model.transformer)
     return Model(transformer, model.mesh, model.tokenizer, model.stop_ids)
 
 

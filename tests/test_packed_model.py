@@ -1,5 +1,7 @@
 """Whole models with packed weights: the numbers of the decoded ones, in the bytes of the file, on any mesh."""
 import json
+import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +14,10 @@ from safetensors.numpy import save_file
 import jaxllm
 from jaxllm.checkpoint import open_source
 from jaxllm.checkpoint.stated import stated_params
+from jaxllm.gathered import stored
 from jaxllm.generate.load import abstract_model, as_stored, parameters
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = ("v2_flash", "v26_flash", "v26_pro")
 MESHES = ("tensor=8", "expert=4,tensor=2", "data=2,expert=2,tensor=2")      # 8: as many as, or more than, kv heads
 TOKENS = np.random.default_rng(0).integers(0, 288, (2, 24))
@@ -46,22 +50,45 @@ def test_logits_of_packed_weights(folders, expected):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_logits_and_bytes_on_a_mesh(folders, expected, mesh):
-    """The bytes of the file, split as plain weights would be, within 2%."""
     packed, plain = folders
     model = jaxllm.load(packed, mesh)
     # another order of float32 sums, as between meshes of plain models (test_mesh.py), here with values to 8
     np.testing.assert_allclose(model.logits(TOKENS), expected, atol=5e-5, rtol=0)
-    source, share = open_source(packed), 0.0
+    assert max(held_bytes(model)) == pytest.approx(file_bytes(model, packed) / 8, rel=0.02)
+
+
+def held_bytes(model):
+    """Of each device."""
+    shards = [shard for array in jax.tree.leaves(model.transformer) for shard in array.addressable_shards]
+    return [sum(shard.data.nbytes for shard in shards if shard.device == device) for device in model.mesh.devices.flat]
+
+
+def file_bytes(model, folder):
+    """Of what a model holds, as the folder stores it; these configs' few kv heads as often as the mesh needs them, and
+    plain parameters in what it computes in."""
+    params, total = open_source(folder).params, 0
     for path, leaf in parameters(abstract_model(model.config, model.mesh, model.dtype)).items():
-        split = np.prod(leaf.shape) / np.prod(leaf.sharding.shard_shape(leaf.shape))
-        for part in (f"{path}.{name}" for name in ("codes", "scale")) if f"{path}.codes" in source.params else (path,):
-            shape, dtype = source.params[part]
-            heads = leaf.shape[1] / shape[1] if path.endswith(("k_DKH", "v_DKV")) else 1      # repeated kv heads
-            share += np.prod(shape) * heads * (leaf.dtype if part == path else dtype).itemsize / split
-    for device in model.mesh.devices.flat:
-        held = sum(shard.data.nbytes for array in jax.tree.leaves(model.transformer)
-                   for shard in array.addressable_shards if shard.device == device)
-        assert held == pytest.approx(share, rel=0.02)
+        for part in (f"{path}.codes", f"{path}.scale") if f"{path}.codes" in params else (path,):
+            shape, dtype = params[part]
+            heads = leaf.shape[1] / shape[1] if path.endswith(("k_DKH", "v_DKV")) else 1
+            total += np.prod(shape) * heads * (leaf.dtype if part == path else dtype).itemsize
+    return total
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "expert=8", "data=8", "expert=4,tensor=2", "data=2,expert=2,tensor=2",
+                                  "data=2,tensor=4", "data=4,expert=16,tensor=4"])
+@pytest.mark.parametrize("name", ["MiMo-V2-Flash-hub", "MiMo-V2.5", "MiMo-V2.5-Pro", "MiMo-V2.6-Flash",
+                                  "MiMo-V2.6-Pro"])
+def test_bytes_of_released_models(name, mesh):
+    """At full size: those of the files, divided by the devices."""
+    config, mesh = jaxllm.Config.from_hub(CONFIGS / name), jaxllm.make_abstract_mesh(mesh)
+    params = stated_params(config)
+    leaves = [leaf for path, leaf in parameters({
+        path: as_stored(path, stored(leaf), params)
+        for path, leaf in parameters(abstract_model(config, mesh, jax.numpy.dtype("bfloat16"))).items()}).items()]
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    in_file = sum(math.prod(shape) * dtype.itemsize for shape, dtype in params.values())
+    assert held == pytest.approx(in_file / mesh.size, rel=0.02)
 
 
 def test_text_is_the_same_on_every_mesh(tmp_path):

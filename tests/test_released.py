@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxllm
-from jaxllm.generate.load import abstract_model
+from jaxllm.gathered import stored
+from jaxllm.generate.load import abstract_model, as_stored, parameters
 from jaxllm.model import check_mesh
 
 FOLDERS = sorted((Path(__file__).parent.parent / "configs").glob("MiMo-*"))
@@ -58,13 +59,14 @@ def parts(config):
 
 
 def expected_bytes_per_device(config, mesh, itemsize):
-    """In closed form: routers, biases and sinks are float32, the rest has `itemsize` bytes."""
-    expert, tensor, part = mesh.shape["expert"], mesh.shape["tensor"], parts(config)
+    """In closed form: each device has its part of all matrices, and all of the vectors but sinks, which go with their
+    heads. Routers, biases and sinks are float32, the rest has `itemsize` bytes."""
+    tensor, part = mesh.shape["tensor"], parts(config)
     repeated = sum((max(layer.num_kv_heads, tensor) - layer.num_kv_heads) * (layer.head_dim + layer.v_head_dim)
                    for layer in config.layers) * config.hidden_size
-    split_by_both = part["experts"] + part["vocabulary"] + part["dense"]
-    weights = split_by_both // (expert * tensor) + (part["attention"] + repeated) // tensor + part["norms"]
-    return itemsize * weights + 4 * (part["routers"] + part["biases"] + part["sinks"] // tensor)
+    matrices = part["experts"] + part["vocabulary"] + part["dense"] + part["attention"] + repeated
+    return itemsize * (matrices // mesh.size + part["norms"]) + 4 * (
+        part["routers"] // mesh.size + part["biases"] + part["sinks"] // tensor)
 
 
 def abstract_cache(config, mesh, batch, max_len, in_flight=1):
@@ -85,7 +87,8 @@ def test_parameters(config, mesh, dtype):
     model = abstract_model(config, mesh, jnp.dtype(dtype))
     assert time.process_time() - begin < SECONDS
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(model))
-    assert bytes_per_device(model) == expected_bytes_per_device(config, mesh, jnp.dtype(dtype).itemsize)
+    held = {path: as_stored(path, stored(leaf), {}) for path, leaf in parameters(model).items()}
+    assert bytes_per_device(held) == expected_bytes_per_device(config, mesh, jnp.dtype(dtype).itemsize)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

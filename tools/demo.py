@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=NANO, help="a hub folder, or a converted one")
     path = parser.parse_args().model
 
-    model = jaxllm.load(path, mesh=MESH)
+    model = jaxllm.load(path, mesh=MESH, replicate=True)
     print(f"{path} on 8 emulated CPU devices ({MESH}), computing in {model.dtype}\n")
     seconds_to_first = show_stream(model, PROMPTS[0])
     results = model.generate(PROMPTS[1:], max_new_tokens=NEW_TOKENS)

@@ -48,7 +48,7 @@ class Model:
     @property
     def dtype(self) -> jnp.dtype:
         """What the model computes in."""
-        return self.transformer.embed_WD[...].dtype
+        return self.transformer.embed_WD.dtype
 
     @property
     def tokenizer(self) -> Tokenizer:

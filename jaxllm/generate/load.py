@@ -21,6 +21,7 @@ from jaxllm.checkpoint.load import refuse_incomplete
 from jaxllm.checkpoint.shards import COPIED
 from jaxllm.codec import PARTS, kind_of, packed_dim
 from jaxllm.config import Config
+from jaxllm.gathered import gathered, stored
 from jaxllm.generate.compile_cache import use_compile_cache
 from jaxllm.generate.engine import Model
 from jaxllm.generate.text import Tokenizer, load_stop_ids
@@ -32,7 +33,7 @@ Params = Mapping[str, tuple[tuple[int, ...], np.dtype]]      # leaf -> (shape, d
 
 
 def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None,
-         reading: str | None = None) -> Model:
+         reading: str | None = None, replicate: bool = False) -> Model:
     """The model of a hub folder, or of one that `jaxllm convert` wrote, on a mesh; each device reads its own slices.
 
     path: a folder, or of a converted one also the address in a bucket, gs://bucket/folder.
@@ -40,6 +41,8 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
     dtype: what it computes in; by default float32 on CPU, the config's dtype elsewhere. Packed weights stay packed and
     are decoded as they are used; experts stay in the dtype of their files where that is narrower.
     reading: how the rows of quantised attention lie in a hub folder whose shapes leave that open; an error says when.
+    replicate: each place along `data` holds all the weights, instead of its part, which is gathered in every step:
+    several times as fast to decode, for as many times the bytes.
     Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, the tensor or the axis.
     """
     refuse_incomplete(path)      # before it is found to have no config.json yet
@@ -53,10 +56,12 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
         raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
     use_compile_cache()
     source = open_source(path, reading)
-    model = jax.tree_util.tree_map_with_path(lambda path, leaf: as_stored(parameter_path(path), leaf, source.params),
-                                             abstract_model(config, mesh, jnp.dtype(dtype)))
-    arrays = load_arrays(source, parameters(model))
-    transformer = jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_path(path)], model)
+    model = abstract_model(config, mesh, jnp.dtype(dtype))
+    held = {path: as_stored(path, leaf if replicate else stored(leaf), source.params)
+            for path, leaf in parameters(model).items()}
+    values = join(held, load_arrays(source, flat(held)))
+    transformer = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: gathered(values[parameter_path(path)], leaf.sharding.spec), model)
     return Model(transformer, mesh, tokenizer, stop_ids)
 
 
@@ -88,8 +93,8 @@ def as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> jax.Shap
         return packed_as_stored(path, leaf, params)
     if not path.endswith((".gate_EDI", ".up_EDI", ".down_EID")) or path not in params:
         return leaf
-    stored = params[path][1]
-    return leaf.update(dtype=stored) if np.can_cast(stored, leaf.dtype) else leaf
+    dtype = params[path][1]
+    return leaf.update(dtype=dtype) if np.can_cast(dtype, leaf.dtype) else leaf
 
 
 def packed_as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> Packed:
@@ -107,6 +112,21 @@ def packed_as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> P
         scale[axis] = size // math.gcd(codes_shape[axis] * width // scale_shape[axis], part)
     return Packed(leaf.update(shape=tuple(codes), dtype=codes_dtype),
                   leaf.update(shape=tuple(scale), dtype=scale_dtype), dim)
+
+
+def flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> leaf, where a packed one is its two, as a `Source` has them."""
+    found: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        parts = {f"{path}.{part}": getattr(leaf, part) for part in PARTS} if isinstance(leaf, Packed) else {path: leaf}
+        found |= parts
+    return found
+
+
+def join(leaves: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The reverse of `flat`, with arrays."""
+    return {path: Packed(arrays[f"{path}.codes"], arrays[f"{path}.scale"], leaf.dim) if isinstance(leaf, Packed)
+            else arrays[path] for path, leaf in leaves.items()}
 
 
 def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, num_mtp: int = 0) -> Transformer:

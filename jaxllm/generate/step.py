@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxllm.axes import spec
 from jaxllm.cache import Cache, empty_layer
 from jaxllm.config import Config, LayerSpec
+from jaxllm.gathered import gathered_after
 from jaxllm.generate.sample import Kind, Sampling, sample
 from jaxllm.model import Transformer, stored_layers
 
@@ -83,14 +84,14 @@ def advance(model: Transformer, state: State, sampling: Sampling, stop_ids: jax.
 
 def mesh_of(model: Transformer) -> Mesh:
     """The mesh that the model's parameters lie on."""
-    sharding = model.embed_WD[...].sharding
+    sharding = jax.tree.leaves(model)[0].sharding
     assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     return sharding.mesh
 
 
 def on_mesh(model: Transformer) -> contextlib.AbstractContextManager:
     """The mesh of the model's parameters as the mesh in context; inside another jit it must already be."""
-    traced = isinstance(model.embed_WD[...], jax.core.Tracer)
+    traced = isinstance(jax.tree.leaves(model)[0], jax.core.Tracer)
     return contextlib.nullcontext() if traced else jax.set_mesh(mesh_of(model))
 
 
@@ -147,8 +148,9 @@ def _advance(model: Transformer, state: State, sampling: Sampling, stop_ids: jax
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         i, old = carry
+        weights, old = gathered_after(model, old)
         alive_B = (~old.done_B).astype(jnp.int32)
-        logits_BW, cache = last_logits(model, old.cache, old.token_B[:, None], alive_B)
+        logits_BW, cache = last_logits(weights, old.cache, old.token_B[:, None], alive_B)
         token_B = sample(logits_BW, sampling, cache.length_B, kind)
         room_BT = jnp.arange(old.out_BT.shape[1], dtype=jnp.int32)[None, :] == old.count_B[:, None]
         out_BT = jnp.where(room_BT & ~old.done_B[:, None], token_B[:, None], old.out_BT)

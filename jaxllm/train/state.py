@@ -11,14 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.load import load_arrays
 from jaxllm.checkpoint.source import Source
-from jaxllm.codec import PARTS
 from jaxllm.config import Config
-from jaxllm.generate.load import abstract_model, as_stored, parameter_path, parameters
+from jaxllm.gathered import gathered, stored
+from jaxllm.generate.load import abstract_model, as_stored, flat, join, parameter_path, parameters
 from jaxllm.model import Transformer
-from jaxllm.quant import Packed
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.run import Run
-from jaxllm.train.shard import gathered, stored
 
 Arrays = dict[str, jax.Array]
 
@@ -73,14 +71,13 @@ class Plan:
     def model(self, trained: Mapping[str, Any], biases: Mapping[str, Any], frozen: Mapping[str, Any]) -> Transformer:
         """The module tree to compute with, in which what is stored otherwise is gathered as it is used."""
         values = {**trained, **biases, **frozen}
-        dtype = jnp.dtype(self.run.dtype)
 
-        def leaf(path: tuple, computed: Any) -> Any:
+        def leaf(path: tuple, computed: jax.ShapeDtypeStruct) -> Any:
             value = values[parameter_path(path)]
-            if isinstance(value, jax.Array) and value.dtype != computed.dtype and computed.dtype == dtype:
-                value = value.astype(dtype)      # of a float32 master
-            return gathered(value, computed)
-        return jax.tree_util.tree_map_with_path(leaf, self.computed, is_leaf=lambda x: isinstance(x, Packed))
+            if parameter_path(path) in trained:
+                value = value.astype(computed.dtype)      # of a float32 master
+            return gathered(value, computed.sharding.spec)
+        return jax.tree_util.tree_map_with_path(leaf, self.computed)
 
     def _state(self, values: Arrays) -> TrainState:
         trained = {path: values[path] for path in sorted(self.trained)}
@@ -127,24 +124,6 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
     def held(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         if path in trained:
             return stored(leaf.update(dtype=jnp.promote_types(leaf.dtype, master)))
-        return jax.tree.map(stored, as_stored(path, leaf, params))
-    computed_as = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if parameter_path(path) in trained else as_stored(parameter_path(path), leaf, params),
-        computed)
-    return Plan(run, config, mesh, computed_as, {path: held(path, leaf) for path, leaf in parameters(computed).items()},
+        return as_stored(path, stored(leaf), params)
+    return Plan(run, config, mesh, computed, {path: held(path, leaf) for path, leaf in parameters(computed).items()},
                 trained)
-
-
-def flat(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Path -> leaf, where a packed one is its two, as a `Source` has them."""
-    found: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        parts = {f"{path}.{part}": getattr(leaf, part) for part in PARTS} if isinstance(leaf, Packed) else {path: leaf}
-        found |= parts
-    return found
-
-
-def join(leaves: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
-    """The reverse of `flat`, with arrays."""
-    return {path: Packed(arrays[f"{path}.codes"], arrays[f"{path}.scale"], leaf.dim) if isinstance(leaf, Packed)
-            else arrays[path] for path, leaf in leaves.items()}
