@@ -22,7 +22,8 @@ from jaxllm.checkpoint.stated import stated_params
 from jaxllm.checkpoint.store import StoreSource, is_store
 from jaxllm.config import Config, LayerSpec
 from jaxllm.gathered import stored
-from jaxllm.generate.load import abstract_model, as_stored, parameters
+from jaxllm.generate.load import abstract_model, as_stored
+from jaxllm.paths import parameters
 from jaxllm.quant import Packed
 
 LABEL = 14       # width of the left column

@@ -17,9 +17,10 @@ from jaxllm.checkpoint.requantise import requantised
 from jaxllm.documents import cut_up, read_documents
 from jaxllm.evaluate import TOTAL, evaluate
 from jaxllm.generate.engine import Model
-from jaxllm.generate.load import abstract_model, as_stored, parameter_path, parameters
+from jaxllm.generate.load import abstract_model, as_stored
 from jaxllm.generate.step import on_mesh, place
 from jaxllm.model import Transformer
+from jaxllm.paths import parameter_path, parameters
 from jaxllm.rope import rope_angles
 
 NANO = Path("configs/mimo-nano")

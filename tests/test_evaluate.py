@@ -13,7 +13,7 @@ import jaxllm
 from jaxllm.documents import read_documents, windows_of
 from jaxllm.evaluate import TOTAL, evaluate
 from jaxllm.generate.engine import Model
-from jaxllm.generate.load import parameter_path
+from jaxllm.paths import parameter_path
 
 NANO = Path("configs/mimo-nano")
 HELDOUT = NANO / "heldout"

@@ -13,8 +13,8 @@ from hub_maker import tiny_config, write_hub
 
 import jaxllm
 from jaxllm.checkpoint.incomplete import MARKER
-from jaxllm.generate.load import parameters
 from jaxllm.info import describe, device_bytes
+from jaxllm.paths import parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESH = "data=2,expert=2,tensor=2"

@@ -15,7 +15,8 @@ import jaxllm
 from jaxllm.checkpoint import open_source
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.gathered import stored
-from jaxllm.generate.load import abstract_model, as_stored, parameters
+from jaxllm.generate.load import abstract_model, as_stored
+from jaxllm.paths import parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = ("v2_flash", "v26_flash", "v26_pro")

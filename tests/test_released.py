@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxllm
 from jaxllm.gathered import stored
-from jaxllm.generate.load import abstract_model, as_stored, parameters
+from jaxllm.generate.load import abstract_model, as_stored
 from jaxllm.model import check_mesh
+from jaxllm.paths import parameters
 
 FOLDERS = sorted((Path(__file__).parent.parent / "configs").glob("MiMo-*"))
 MESHES = ("expert=64,tensor=8", "data=2,expert=32,tensor=8", "data=8,expert=8,tensor=8", "expert=128,tensor=4",

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxllm
 from jaxllm.gathered import stored
-from jaxllm.generate.load import abstract_model, as_stored, parameters
+from jaxllm.generate.load import abstract_model, as_stored
 from jaxllm.generate.request import make_request
 from jaxllm.generate.step import _advance, on_mesh, place, start
+from jaxllm.paths import parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = ("data=2,expert=2,tensor=2", "expert=8", "tensor=8", "data=8")

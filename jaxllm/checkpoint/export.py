@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.checkpoint.adapted import Merged
 from jaxllm.checkpoint.blocks import chunk_shape
 from jaxllm.checkpoint.decoded import Decoded
 from jaxllm.checkpoint.entry import Entry
@@ -30,6 +31,8 @@ from jaxllm.checkpoint.kinds import kinds_of_leaves
 from jaxllm.checkpoint.load import open_source
 from jaxllm.checkpoint.manifest import MANIFEST, read_manifest
 from jaxllm.checkpoint.names import MTP_NAME, Table
+from jaxllm.checkpoint.peft import Adapter, save_adapter
+from jaxllm.checkpoint.peft_load import adapter_of
 from jaxllm.checkpoint.readings import count_ranks
 from jaxllm.checkpoint.shards import COPIED, progress_bar
 from jaxllm.checkpoint.source import Source
@@ -70,15 +73,18 @@ class Release:
 
 
 def export(folder: str | os.PathLike[str], hub_dir: str | os.PathLike[str], *, weights: str = KEEP, layout: str = KEEP,
-           reading: str | None = None, shard_bytes: int = SHARD_BYTES, progress: bool = True) -> Exported:
+           reading: str | None = None, merge_lora: bool | str | os.PathLike[str] = False,
+           shard_bytes: int = SHARD_BYTES, progress: bool = True) -> Exported:
     """Write the checkpoint `folder`, converted, in hub layout or of a training run, to `hub_dir`, a new or empty
     folder on this machine.
 
     weights: "keep" keeps every bit; "bfloat16" and "float32" decode what is packed and cast the rest, but for routers.
     layout: "split" cuts a fused qkv_proj into q_proj, k_proj and v_proj, heads in their natural order, as transformers,
     mlx-lm and llama.cpp want them; "keep" leaves it. reading: how attention rows lie in a hub folder that leaves it
-    open. A file has at most `shard_bytes`, or one tensor or expert that is larger; MTP blocks have a file of their own.
-    What an interrupted export left in `hub_dir` is begun again. Of omni models only the text model is written.
+    open. merge_lora: merge what a LoRA run trained, or a folder of PEFT's files, into the weights; without it a LoRA
+    run is written as its adapter alone, in PEFT's files. A file has at most `shard_bytes`, or one
+    tensor or expert that is larger; MTP blocks have a file of their own. What an interrupted export left in `hub_dir`
+    is begun again. Of omni models only the text model is written.
     Errors: CheckpointError, ConfigError; `hub_dir` is then as it was.
     """
     if weights not in WEIGHTS or layout not in LAYOUTS or shard_bytes < 1:
@@ -87,7 +93,13 @@ def export(folder: str | os.PathLike[str], hub_dir: str | os.PathLike[str], *, w
     start, out = time.monotonic(), Files(hub_dir)
     if out.local is None:
         raise CheckpointError(f"{out.place}: an export goes to a folder on this machine; copy it there afterwards")
-    release = _open(folder, weights, layout, reading)
+    source = open_source(folder, reading)
+    if isinstance(source, TrainedSource) and source.adapter and not merge_lora:
+        if (weights, layout) != (KEEP, KEEP):
+            raise ValueError(f"{folder} is a LoRA run, of which the adapter alone is written: weights and layout are "
+                             "for merge_lora (--merge-lora)")
+        return _export_adapter(source, source.adapter, out.local, start)
+    release = _open(source, folder, weights, layout, merge_lora)
     shards = _place(_tensors(release.source, release.table), shard_bytes)
     total, facts = sum(map(count_bytes, shards.values())), _facts(release)
     small = release.small
@@ -101,8 +113,16 @@ def export(folder: str | os.PathLike[str], hub_dir: str | os.PathLike[str], *, w
     return Exported(out.local, len(release.table.shapes), len(shards), total, time.monotonic() - start)
 
 
-def _open(folder: str | os.PathLike[str], weights: str, layout: str, reading: str | None) -> Release:
-    source, files = open_source(folder, reading), Files(folder)
+def _export_adapter(run: TrainedSource, adapter: Adapter, folder: Path, start: float) -> Exported:
+    assert run.base
+    config = Config.from_hub(run.folder)
+    num = save_adapter(folder, adapter, config, run.base, _rows_of(run)[0])
+    return Exported(folder, num, 1, sum(array.nbytes for array in adapter.arrays.values()), time.monotonic() - start)
+
+
+def _open(source: Source, folder: str | os.PathLike[str], weights: str, layout: str,
+          merge_lora: bool | str | os.PathLike[str]) -> Release:
+    files = Files(folder)
     small = {name: content for name in COPIED if name != CONFIG and (content := files.read(name)) is not None}
     place = f"{files.place}/{CONFIG}"
     text = files.read(CONFIG)
@@ -112,6 +132,11 @@ def _open(folder: str | os.PathLike[str], weights: str, layout: str, reading: st
     config = Config.from_dict(hub, place)
     kinds = kinds_of_leaves(source.params, config.quantization_config)
     reading, num_mtp = _rows_of(source)
+    if merge_lora is not False:
+        adapter = adapter_of(source, config, None if merge_lora is True else merge_lora, reading)
+        if adapter is None:
+            raise ValueError(f"{folder} is no LoRA run, so there is nothing to merge: name a folder of PEFT's files")
+        source = Merged(source, adapter, None if weights == KEEP else np.dtype(weights))
     if weights != KEEP:
         source, kinds = Decoded(source, np.dtype(weights)), {}
         hub.pop("quantization_config", None)
@@ -129,7 +154,9 @@ def _open(folder: str | os.PathLike[str], weights: str, layout: str, reading: st
 
 def _rows_of(source: Source) -> tuple[str | None, int]:
     """(the reading of its attention rows, how many MTP blocks it has)."""
-    if isinstance(source, HubSource | TrainedSource):
+    if isinstance(source, TrainedSource):
+        return _rows_of(source.base)[0] if source.base else None, source.num_mtp
+    if isinstance(source, HubSource):
         return source.reading, source.num_mtp
     manifest = read_manifest(source.folder)
     if manifest is None:

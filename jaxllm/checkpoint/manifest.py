@@ -76,7 +76,7 @@ def read_manifest(folder: str | os.PathLike[str] | Files) -> Manifest | None:
         return None
     content = parse_json(text, place)
     stated = content.pop("sha256", None)
-    if stated != _checksum(content):
+    if stated != checksum(content):
         raise CheckpointError(f"{place} is damaged: its content has not the checksum that it states; copy it again, or "
                               "convert again into a new folder")
     return Manifest(Plan.parse(content.pop("plan"), place), {
@@ -88,7 +88,7 @@ def write_manifest(files: Files, manifest: Manifest) -> None:
         "plan": dataclasses.asdict(manifest.plan),
         "files": {name: dataclasses.asdict(stored) for name, stored in manifest.files.items()},
     }
-    content["sha256"] = _checksum(content)
+    content["sha256"] = checksum(content)
     files.write(MANIFEST, dump(content))
 
 
@@ -97,5 +97,5 @@ def dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(dump(content)).hexdigest()

@@ -146,7 +146,7 @@ class Repacked:
             tall, wide = self._height(path), entry.in_dims[-1] // leaf.entry.in_dims[-1]
             for unit in units(entry, tall):
                 w_IO = self._matrix(path, number, unit)
-                row = np.abs(w_IO, out=w_IO).reshape(-1, wide, w_IO.shape[1]).max(1)
+                row = np.abs(w_IO).reshape(-1, wide, w_IO.shape[1]).max(1)
                 segments = row.reshape(len(row), -1, tall).max(2)
                 labels = rows[done:done + segments.shape[1]]
                 np.maximum.at(largest, (labels[None, :], leaf.columns[:, None]), segments)

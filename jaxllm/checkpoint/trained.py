@@ -13,6 +13,8 @@ import tensorstore as ts
 from jaxllm.checkpoint.blocks import Index
 from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.checkpoint.manifest import MANIFEST
+from jaxllm.checkpoint.peft import Adapter
+from jaxllm.checkpoint.projections import LORA_A, LORA_B
 from jaxllm.checkpoint.source import Source
 from jaxllm.checkpoint.tensorfile import parse_json
 
@@ -32,12 +34,11 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class TrainedSource:
-    """A `Source`: what the run trained, and the rest from `base`, where it began.
+    """A `Source`: what the run trained, and the rest from `base`, where it began. A LoRA run has an `adapter`, and the
+    parameters of its base.
 
     Errors: CheckpointError where there is no checkpoint, or one that a part is missing from and there is no `base`.
     """
-    reading = None      # rows lie as config.json declares
-
     def __init__(self, folder: str | os.PathLike[str], base: Source | None = None):
         self.folder, self.base = Path(folder), base
         whole = [path for path in (self.folder / CHECKPOINTS).glob("*") if path.name.isdecimal()
@@ -48,6 +49,10 @@ class TrainedSource:
         names = parse_json((self.checkpoint / MANIFEST).read_bytes(), str(self.checkpoint / MANIFEST))["arrays"]
         self._arrays = {name.removeprefix(part): self._open(name) for name in names for part in PARTS
                         if name.startswith(part)}
+        adapters = {path: self._arrays.pop(path) for path in list(self._arrays) if path.endswith((LORA_A, LORA_B))}
+        lora = read_settings(folder).get("lora")
+        self.adapter = Adapter({path: array.read().result() for path, array in adapters.items()},
+                               lora["lora_alpha"] / lora["r"]) if lora else None
         self.params = (dict(base.params) if base else {}) | {
             path: (tuple(array.shape), np.dtype(array.dtype.numpy_dtype)) for path, array in self._arrays.items()}
         self.num_mtp = len({path.split(".")[1] for path in self.params if path.startswith("mtp.")})

@@ -62,19 +62,23 @@ def run_verify(args: argparse.Namespace) -> None:
 
 
 def add_export(verbs: Verbs) -> None:
-    verb = verbs.add_parser("export", help="write a converted folder back in hub layout",
+    verb = verbs.add_parser("export", help="write a converted folder, or what a run trained, in hub layout",
                             description="Writes config.json, safetensors shards and their index, for transformers, "
                                         "llama.cpp, vLLM.")
-    verb.add_argument("folder", metavar="DIR", help="what convert wrote")
+    verb.add_argument("folder", metavar="DIR", help="what convert wrote, or the output of a run")
     verb.add_argument("hub_dir", metavar="HUB_DIR", help="a new or empty folder")
     verb.add_argument("--weights", choices=(KEEP, "bfloat16", "float32"), default=KEEP,
                       help="decode what is packed (default: keep, the bits as they are)")
     verb.add_argument("--layout", choices=(KEEP, "split"), default=KEEP,
                       help="split: q_proj, k_proj and v_proj instead of a fused qkv_proj")
+    verb.add_argument("--merge-lora", metavar="ADAPTER", nargs="?", const=True, default=False,
+                      help="write the weights with what a LoRA run trained, or with the adapter in a folder of PEFT's "
+                           "files (default: of a LoRA run the adapter alone, in PEFT's files)")
     verb.add_argument("--reading", help=READING_HELP)
     verb.set_defaults(run=run_export)
 
 
 def run_export(args: argparse.Namespace) -> None:
-    done = export(args.folder, args.hub_dir, weights=args.weights, layout=args.layout, reading=args.reading)
+    done = export(args.folder, args.hub_dir, weights=args.weights, layout=args.layout, reading=args.reading,
+                  merge_lora=args.merge_lora)
     print(f"{done.folder}: {done.num_tensors} tensors, {done.nbytes:,} bytes in {done.seconds:.1f} s")

@@ -27,6 +27,7 @@ def add_generate(verbs: Verbs) -> None:
     verb.add_argument("--mesh", help=MESH_HELP)
     verb.add_argument("--replicate", action="store_true",
                       help="hold all weights at each place along the axis data: several times as fast, for the bytes")
+    verb.add_argument("--adapter", metavar="DIR", help="a folder of PEFT's files (LoRA) for this model")
     verb.add_argument("--max-new-tokens", metavar="N", type=int, help="default 128")
     verb.add_argument("--temperature", metavar="T", type=float, help="0 is greedy; 1 with --top-p or --top-k alone")
     verb.add_argument("--top-p", metavar="P", type=float, help="draw among the fewest tokens that reach probability P")
@@ -45,7 +46,7 @@ def add_generate(verbs: Verbs) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     if args.distributed:
         join_processes()
-    model = load(args.model, args.mesh, args.dtype, replicate=args.replicate)
+    model = load(args.model, args.mesh, args.dtype, replicate=args.replicate, adapter=args.adapter)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     prompts = [model.tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else prompt
                for prompt in args.prompts]

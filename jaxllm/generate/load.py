@@ -18,14 +18,18 @@ from jaxllm.axes import make_mesh
 from jaxllm.checkpoint import load_arrays, open_source
 from jaxllm.checkpoint.files import Files
 from jaxllm.checkpoint.load import refuse_incomplete
+from jaxllm.checkpoint.peft_load import adapter_of
 from jaxllm.checkpoint.shards import COPIED
+from jaxllm.checkpoint.source import Source
 from jaxllm.codec import PARTS, kind_of, packed_dim
 from jaxllm.config import Config
 from jaxllm.gathered import gathered, stored
 from jaxllm.generate.compile_cache import use_compile_cache
 from jaxllm.generate.engine import Model
 from jaxllm.generate.text import Tokenizer, load_stop_ids
+from jaxllm.lora import adapt, place
 from jaxllm.model import Transformer
+from jaxllm.paths import parameter_path, parameters
 from jaxllm.quant import Packed
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +37,7 @@ Params = Mapping[str, tuple[tuple[int, ...], np.dtype]]      # leaf -> (shape, d
 
 
 def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None,
-         reading: str | None = None, replicate: bool = False) -> Model:
+         reading: str | None = None, replicate: bool = False, adapter: str | os.PathLike[str] | None = None) -> Model:
     """The model of a hub folder, or of one that `jaxllm convert` wrote, on a mesh; each device reads its own slices.
 
     path: a folder, or of a converted one also the address in a bucket, gs://bucket/folder.
@@ -43,6 +47,7 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
     reading: how the rows of quantised attention lie in a hub folder whose shapes leave that open; an error says when.
     replicate: each place along `data` holds all the weights, instead of its part, which is gathered in every step:
     several times as fast to decode, for as many times the bytes.
+    adapter: a folder of PEFT's files for this model (LoRA). What a LoRA run trained is with its output folder.
     Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, the tensor or the axis.
     """
     refuse_incomplete(path)      # before it is found to have no config.json yet
@@ -56,13 +61,22 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
         raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
     use_compile_cache()
     source = open_source(path, reading)
-    model = abstract_model(config, mesh, jnp.dtype(dtype))
+    transformer = load_transformer(source, config, mesh, jnp.dtype(dtype), replicate=replicate)
+    if found := adapter_of(source, config, adapter, reading):
+        adapters = place(found.arrays, abstract_model(config, mesh, jnp.dtype(dtype)))
+        transformer = adapt(transformer, adapters, found.scale)
+    return Model(transformer, mesh, tokenizer, stop_ids)
+
+
+def load_transformer(source: Source, config: Config, mesh: Mesh, dtype: jnp.dtype, *, num_mtp: int = 0,
+                     replicate: bool = False) -> Transformer:
+    """The module tree with the parameters of the source in it, and of its MTP blocks the first `num_mtp`."""
+    model = abstract_model(config, mesh, dtype, num_mtp)
     held = {path: as_stored(path, leaf if replicate else stored(leaf), source.params)
             for path, leaf in parameters(model).items()}
     values = join(held, load_arrays(source, flat(held)))
-    transformer = jax.tree_util.tree_map_with_path(
+    return jax.tree_util.tree_map_with_path(
         lambda path, leaf: gathered(values[parameter_path(path)], leaf.sharding.spec), model)
-    return Model(transformer, mesh, tokenizer, stop_ids)
 
 
 @contextmanager
@@ -142,14 +156,3 @@ def abstract_model(config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, 
         tree = jax.eval_shape(make)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), tree)
-
-
-def parameters(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted path -> leaf of a module tree, abstract or real."""
-    return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-
-
-def parameter_path(path: tuple) -> str:
-    """The dotted path of a leaf, "layers.3.moe.gate_EDI", from its key path in the tree."""
-    names = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
-    return ".".join(name for name in names if name not in ("", "value"))

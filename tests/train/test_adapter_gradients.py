@@ -14,7 +14,7 @@ from make_release import write_release
 from release_cases import CASES
 
 import jaxllm
-from jaxllm.generate.load import parameter_path, parameters
+from jaxllm.paths import parameter_path, parameters
 from jaxllm.quant import Adapted, Packed, decode
 from jaxllm.train.batch import Batch
 from jaxllm.train.loss import loss

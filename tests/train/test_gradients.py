@@ -14,7 +14,8 @@ from reference import Reference
 from jaxllm.axes import make_mesh
 from jaxllm.checkpoint import load_arrays, open_source
 from jaxllm.config import Config
-from jaxllm.generate.load import abstract_model, parameter_path, parameters
+from jaxllm.generate.load import abstract_model
+from jaxllm.paths import parameter_path, parameters
 from jaxllm.train.batch import Batch
 from jaxllm.train.loss import loss
 

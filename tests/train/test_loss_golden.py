@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from test_golden import GOLDEN
 
 import jaxllm
-from jaxllm.generate.load import parameters
+from jaxllm.paths import parameters
 from jaxllm.train.batch import Batch
 from jaxllm.train.loss import loss
 
