@@ -5,6 +5,8 @@ arXiv 2601.02780, eq. 1-4). Softmax is in float32 with the running maximum of Fl
 can be visited block by block and no T x S matrix of a long context ever exists.
 """
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxllm.rope import apply_rope
 
 KEY_BLOCK = 1024        # keys per visit where there are more: bounds the scores to B*N*T*1024 float32
 QUERY_BLOCK = 128       # queries per visit in a sliding layer: each block sees its own keys and window - 1 before them
+LARGE = 2**16           # scores of a head, T * S, from which on a CPU does one row of the batch after the other
 NO_PEAK = -1e30         # a finite floor for the maximum: where nothing is seen the output is zero, not NaN
 
 
@@ -30,6 +33,18 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
     none before begin_BT; a negative key position means an empty slot. Query head n reads kv head n // (N/K); keys are
     not repeated.
     """
+    inputs = window, q_BTNH, k_BKHS, v_BKSV, sink_N, (q_pos_BT, k_pos_BS, begin_BT)
+    is_large = q_BTNH.shape[1] * v_BKSV.shape[2] >= LARGE and q_BTNH.shape[0] > count_places(q_BTNH)
+    return attend_in_turn(*inputs) if is_large else attend_rows(*inputs)
+
+
+Places = tuple[jax.Array, jax.Array, jax.Array | None]      # q_pos_BT, k_pos_BS, begin_BT
+
+
+def attend_rows(window: int | None, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, sink_N: jax.Array | None,
+                places: Places) -> jax.Array:
+    """`attend`, all rows of the batch at once."""
+    q_pos_BT, k_pos_BS, begin_BT = places
     B, T, N, H = q_BTNH.shape
     K, S, V = v_BKSV.shape[1:]
     batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
@@ -77,6 +92,68 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: ja
     out_BKGTV = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jax.lax.reshape(out_BKGTV.transpose(0, 3, 1, 2, 4), (B, T, N, V),
                            out_sharding=P(batch, None, heads, None)).astype(q_BTNH.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_in_turn(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None,
+                   places: Places) -> jax.Array:
+    """`attend_rows`, with nothing kept for the gradient: scores are made again. A CPU does one row of each device after
+    the other, so that scores and what becomes of them stay in its cache."""
+    at_once = partial(attend_rows, window)
+
+    def in_turn(q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places) -> jax.Array:
+        def row(x: Any) -> jax.Array:
+            q, k, v, places = x
+            return at_once(q, k, v, sink_N, places)
+        return join(jax.lax.map(row, jax.tree.map(partial(cut, q), (q, k, v, places))))
+    return jax.lax.platform_dependent(q, k, v, sink_N, places, cpu=in_turn, default=at_once)
+
+
+def _forward(window: int | None, *inputs: Any) -> tuple[jax.Array, Any]:
+    return attend_in_turn(window, *inputs), inputs
+
+
+def _backward(window: int | None, inputs: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    def at_once(d_out: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places
+                ) -> tuple[Any, ...]:
+        return jax.vjp(lambda q, k, v, sink_N: attend_rows(window, q, k, v, sink_N, places), q, k, v, sink_N)[1](d_out)
+
+    def in_turn(d_out: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places
+                ) -> tuple[Any, ...]:
+        def row(d_sink_N: jax.Array | None, x: Any) -> tuple[jax.Array | None, Any]:
+            d_out, q, k, v, places = x
+            *d_x, d = at_once(d_out, q, k, v, sink_N, places)
+            return None if d_sink_N is None else d_sink_N + d, d_x
+        start = None if sink_N is None else jnp.zeros_like(sink_N)
+        d_sink_N, d_x = jax.lax.scan(row, start, jax.tree.map(partial(cut, q), (d_out, q, k, v, places)))
+        return *map(join, d_x), d_sink_N
+
+    found = jax.lax.platform_dependent(d_out, *inputs, cpu=in_turn, default=at_once)
+    return *found, jax.tree.map(lambda _: None, inputs[-1])
+
+
+attend_in_turn.defvjp(_forward, _backward)
+
+
+def count_places(x_B: jax.Array) -> int:
+    """Over how many places of the mesh the rows of a batch are split."""
+    sharding = jax.typeof(x_B).sharding
+    axes = sharding.spec[0] or ()
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def cut(like_B: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, ...] as [b, B/b, ...]: b times one row of every place that the rows of `like_B` are split over."""
+    num, (batch, *axes) = count_places(like_B), jax.typeof(x).sharding.spec
+    shape = (num, x.shape[0] // num, *x.shape[1:])
+    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=P(batch, None, *axes)), 1, 0)
+
+
+def join(x: jax.Array) -> jax.Array:
+    """The reverse of `cut`."""
+    _, batch, *axes = jax.typeof(x).sharding.spec
+    x = jnp.moveaxis(x, 0, 1)
+    return jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=P(batch, *axes))
 
 
 def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,

@@ -22,12 +22,13 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     """Rows per block for `num_rows` routed rows: small blocks waste few rows, large ones read the weights less often.
 
     The power of two at twice an expert's mean share, between its mean share and 16 where the mean is above that, at
-    most 128: the fastest within 10% of all that were tried from 1 to 2048 rows on two cores (docs/log.md).
+    most 128, or where an expert has several times as many, 512: the fastest within 10% of all that were tried from 1 to
+    2048 rows on two cores (docs/log.md).
     """
     def power(x: float) -> int:
         return 1 << max(0, math.ceil(math.log2(x)))
     mean = num_rows / num_experts
-    return min(128, max(min(16, power(2 * mean)), power(mean)))
+    return min(128 if mean < 512 else 512, max(min(16, power(2 * mean)), power(mean)))
 
 
 def count_rows(local_MA: jax.Array, num_experts: int) -> jax.Array:
@@ -125,8 +126,11 @@ def trained_part(weights: Sequence[Weight]) -> list[Any]:
 
 def with_trained_part(weights: Sequence[Any], trained: Sequence[Any]) -> tuple[Any, ...]:
     """The weights with that part of them replaced."""
-    return tuple(part if not isinstance(part, tuple) and part is not None else w if part is None else
-                 dataclasses.replace(w, a=part[0], b=part[1]) for w, part in zip(weights, trained, strict=True))
+    def one(weight: Any, part: Any) -> Any:
+        if part is None:
+            return weight
+        return dataclasses.replace(weight, a=part[0], b=part[1]) if isinstance(part, tuple) else part
+    return tuple(map(one, weights, trained))
 
 
 Gradients = tuple[jax.Array, jax.Array, Any]      # of x_MD, weight_MA, and the trained part of the experts
