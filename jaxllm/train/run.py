@@ -63,6 +63,7 @@ class Run:
     balance_weight: float = 1e-4                 # of the balance loss of experts
     bias_update: float = 1e-3                    # what a step adds to or takes from each router bias
     train: tuple[str, ...] = ("*",)              # patterns of the paths of the parameters that are trained
+    lora: dict[str, Any] | None = None           # r, lora_alpha, target_modules as PEFT has them: trains such adapters
     save_every: int = 500                        # steps between checkpoints
     keep: int = 3                                # checkpoints that are kept
     log_every: int = 10                          # steps between lines of metrics
@@ -210,9 +211,28 @@ def _check_together(run: Run) -> None:
     if run.final_learning_rate > run.learning_rate:
         raise ValueError(f"final_learning_rate = {run.final_learning_rate} is above learning_rate = "
                          f"{run.learning_rate}")
+    if run.lora is not None:
+        _check_lora(run, run.lora)
     data = parse_mesh(run.mesh)["data"]
     if run.batch % (run.accumulate * data):
         raise ValueError(f"batch = {run.batch} rows cannot be cut into accumulate = {run.accumulate} parts for mesh "
                          f"axis data = {data}: expected a multiple of {run.accumulate * data}")
     if run.master and run.dtype == "float32":
         raise ValueError("master = True is for dtype = 'bfloat16'; with float32 the parameters are float32 anyway")
+
+
+def _check_lora(run: Run, lora: Mapping[str, Any]) -> None:
+    wanted = {"r": (int,), "lora_alpha": (int, float), "target_modules": (str, list, tuple)}
+    if lora.keys() != wanted.keys():
+        raise ValueError(f"lora has the keys {', '.join(lora) or 'none'}; expected {', '.join(wanted)}")
+    for name, kinds in wanted.items():
+        value = lora[name]
+        if type(value) not in kinds or (value <= 0 if int in kinds else not all(isinstance(x, str) for x in value)):
+            raise ValueError(f"lora[{name!r}] = {value!r}: expected " + {
+                "r": "a whole number, 1 or more", "lora_alpha": "a number above 0",
+                "target_modules": "a list of names as in [\"q_proj\", \"v_proj\"], a regular expression, or "
+                                  "\"all-linear\""}[name])
+    if run.model is None:
+        raise ValueError("lora is set and model is not: adapters are trained for a model that there is")
+    if run.train != ("*",):
+        raise ValueError(f"train = {list(run.train)} and lora are both set: with lora the adapters are trained alone")

@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.load import load_arrays
+from jaxllm.checkpoint.projections import targets
 from jaxllm.checkpoint.source import Source
 from jaxllm.config import Config
 from jaxllm.gathered import gathered, stored
-from jaxllm.generate.load import abstract_model, as_stored, flat, join, parameter_path, parameters
+from jaxllm.generate.load import abstract_model, as_stored, flat, join
+from jaxllm.lora import abstract_adapters, adapt, init_adapters
 from jaxllm.model import Transformer
+from jaxllm.paths import parameter_path, parameters
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.run import Run
 
 Arrays = dict[str, jax.Array]
+BIAS, ROUTER = ".moe.bias_E", ".moe.router_DE"
 
 
 @jax.tree_util.register_dataclass
@@ -34,17 +38,20 @@ class TrainState:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A run on a mesh. `computed`: the module tree, abstract, as the model computes; `held`: path -> abstract leaf as
-    it is stored, packed or not; `trained`: the paths that have gradients."""
+    it is stored, packed or not; `trained`: the paths that have gradients; `adapters`: those of LoRA, path -> leaf to
+    compute with."""
     run: Run
     config: Config
     mesh: Mesh
     computed: Transformer
     held: dict[str, Any]
     trained: frozenset[str]
+    adapters: Mapping[str, jax.ShapeDtypeStruct]
 
     @property
     def biases(self) -> list[str]:
-        return [path for path in self.held if path.endswith(".moe.bias_E")]
+        """Those that are balanced: of the routers that are trained."""
+        return [path for path in self.held if path.endswith(BIAS) and path.replace(BIAS, ROUTER) in self.trained]
 
     @property
     def frozen(self) -> list[str]:
@@ -77,7 +84,11 @@ class Plan:
             if parameter_path(path) in trained:
                 value = value.astype(computed.dtype)      # of a float32 master
             return gathered(value, computed.sharding.spec)
-        return jax.tree_util.tree_map_with_path(leaf, self.computed)
+        model = jax.tree_util.tree_map_with_path(leaf, self.computed)
+        if not self.run.lora:
+            return model
+        adapters = {path: gathered(trained[path], leaf.sharding.spec) for path, leaf in self.adapters.items()}
+        return adapt(model, adapters, self.run.lora["lora_alpha"] / self.run.lora["r"])
 
     def _state(self, values: Arrays) -> TrainState:
         trained = {path: values[path] for path in sorted(self.trained)}
@@ -85,13 +96,15 @@ class Plan:
                           make_optimizer(self.run).init(trained))
 
     def _draw(self, paths: list[str]) -> Arrays:
-        """Norms of ones, biases and sinks of zeros, and normal matrices: the same numbers on every mesh."""
+        """Norms of ones, biases and sinks of zeros, normal matrices, and adapters as PEFT draws them: the same numbers
+        on every mesh."""
         leaves = {path: flat(self.held)[path] for path in paths}
         key, std = jax.random.key(self.run.seed), self.run.initializer_range
 
         def draw() -> Arrays:
-            return {path: _drawn(path, leaf, jax.random.fold_in(key, zlib.crc32(path.encode())), std)
-                    for path, leaf in leaves.items()}
+            return init_adapters({path: leaf for path, leaf in leaves.items() if path in self.adapters}, key) | {
+                path: _drawn(path, leaf, jax.random.fold_in(key, zlib.crc32(path.encode())), std)
+                for path, leaf in leaves.items() if path not in self.adapters}
         with jax.set_mesh(self.mesh):
             return jax.jit(draw)()
 
@@ -104,14 +117,20 @@ def _drawn(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array, std: float) ->
 
 
 def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_mtp: int) -> Plan:
-    """ValueError if the run would train what it cannot: packed parameters, or kv heads that the mesh repeats."""
+    """ValueError if the run would train what it cannot: packed parameters, kv heads that the mesh repeats, adapters of
+    what has none."""
     computed = abstract_model(config, mesh, jnp.dtype(run.dtype), num_mtp)
     tensor, repeated = mesh.shape["tensor"], min(layer.num_kv_heads for layer in config.layers)
     if tensor > repeated:
         raise ValueError(f"mesh axis tensor = {tensor} repeats kv heads, of which some layer has {repeated}; to train, "
                          f"choose tensor <= {repeated} and more of data or expert")
-    paths = [path for path in parameters(computed) if not path.endswith(".moe.bias_E")]
-    trained = frozenset(path for path in paths if any(fnmatchcase(path, pattern) for pattern in run.train))
+    adapters = {}
+    if run.lora:
+        ranks = dict.fromkeys(targets(config, run.lora["target_modules"]), run.lora["r"])
+        adapters = abstract_adapters(computed, ranks, jnp.dtype("float32"))
+    paths = [path for path in parameters(computed) if not path.endswith(BIAS)]
+    chosen = adapters or [path for path in paths if any(fnmatchcase(path, pattern) for pattern in run.train)]
+    trained = frozenset(chosen)
     if not trained:
         raise ValueError(f"train = {list(run.train)} names no parameter; there are {', '.join(paths[:5])}, ...")
     params = source.params if source else {}
@@ -125,5 +144,5 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
         if path in trained:
             return stored(leaf.update(dtype=jnp.promote_types(leaf.dtype, master)))
         return as_stored(path, stored(leaf), params)
-    return Plan(run, config, mesh, computed, {path: held(path, leaf) for path, leaf in parameters(computed).items()},
-                trained)
+    leaves = {path: held(path, leaf) for path, leaf in (parameters(computed) | adapters).items()}
+    return Plan(run, config, mesh, computed, leaves, trained, adapters)

@@ -9,7 +9,7 @@ from jaxllm.axes import spec
 from jaxllm.train.batch import Batch
 from jaxllm.train.loss import count_targets, loss
 from jaxllm.train.optimizer import make_optimizer, schedule
-from jaxllm.train.state import Plan, TrainState
+from jaxllm.train.state import BIAS, Plan, TrainState
 
 
 def make_step(plan: Plan) -> jax.stages.Wrapped:
@@ -26,8 +26,7 @@ def make_step(plan: Plan) -> jax.stages.Wrapped:
         with jax.numpy_dtype_promotion("standard"):      # optax counts in int32 and multiplies by floats
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
             learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-        biases = {path: balanced(bias, counts[path.removesuffix(".moe.bias_E")], run.bias_update)
-                  if path.replace("bias_E", "router_DE") in plan.trained else bias
+        biases = {path: balanced(bias, counts[path.removesuffix(BIAS)], run.bias_update)
                   for path, bias in state.biases.items()}
         new = TrainState(state.step, optax.apply_updates(state.trained, updates), biases, opt_state)
         new = jax.tree.map(lambda after, before: jnp.where(is_good, after, before), new, state)
