@@ -1,16 +1,18 @@
 """Checkpoints of a run: checkpoints/STEP, each written by Orbax in the background and put in place by one rename.
 
 Before the rename manifest.json comes into the folder: size and SHA-256 of every file, the step, the place in the data,
-and the identity of what is trained. So a folder called STEP holds all that it ever will, and one whose
-manifest does not agree with its files was damaged later: the one before it is taken. What a killed run was writing has
-a name of Orbax's and is cleared away at the next start.
+and the identity of what is trained. So a folder called STEP holds all that it ever will, and one whose manifest does
+not agree with its files was damaged later: it is set aside, and the one before it is taken. What a killed run was
+writing has a name of Orbax's and is cleared away at the next start.
 
 Orbax's CheckpointManager is not used: it has no place for a file that is made of the finished ones, and it would remove
 old steps before anyone knows whether the new one is whole.
 """
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +24,14 @@ from jax.experimental import multihost_utils
 
 from jaxllm.checkpoint.errors import CheckpointError, listed
 from jaxllm.checkpoint.files import Files
-from jaxllm.checkpoint.manifest import MANIFEST, Stored, dump
+from jaxllm.checkpoint.manifest import MANIFEST, Stored, checksum, dump
 from jaxllm.checkpoint.shards import at_once, hash_file
 from jaxllm.checkpoint.tensorfile import parse_json
 
 TEMPORARY = ".orbax-checkpoint-tmp"      # ends the name of a folder that Orbax is writing
-OURS = (MANIFEST, "_CHECKPOINT_METADATA")      # not in the manifest; Orbax writes the time of the rename into its own
+DAMAGED = ".damaged"                     # ends the name of a step that was set aside
+ABSL = logging.getLogger("absl")         # Orbax's
+UNLISTED = "_CHECKPOINT_METADATA"        # into which Orbax writes the time of the rename, after the manifest is made
 Identity = Mapping[str, Mapping[str, Any]]     # "architecture" or "tokenizer" -> what of it must be the same
 
 
@@ -62,6 +66,8 @@ class Checkpoints:
             self._clear()
 
     def __enter__(self) -> "Checkpoints":
+        self._level = ABSL.level
+        ABSL.setLevel(logging.CRITICAL)      # Orbax logs pages of traceback for what is raised here as one error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -72,7 +78,9 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
-            self._orbax.close()
+            with suppress(Exception):      # of a failed write, once more
+                self._orbax.close()
+            ABSL.setLevel(self._level)
 
     @property
     def steps(self) -> list[int]:
@@ -101,7 +109,7 @@ class Checkpoints:
 
     def restore_latest(self, abstract: Any, say: Callable[[str], object]) -> Restored | None:
         """The newest step that is whole, laid out as `abstract` (a pytree of ShapeDtypeStruct with shardings) says;
-        None if there is no step at all. What is wrong with newer ones is told to `say`.
+        None if there is no step at all. Newer ones are set aside, and what is wrong with them is told to `say`.
         """
         step = _of_first_process(lambda: self._find(say))
         if step < 0:
@@ -115,38 +123,41 @@ class Checkpoints:
 
     def _find(self, say: Callable[[str], object]) -> int:
         """The newest step that is whole; -1 if there is none at all."""
-        faults = []
+        faults: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
                 _verify(self.folder / str(step))
             except CheckpointError as error:
-                faults.append(str(error))
+                faults[step] = str(error)
                 continue
-            for fault in faults:
-                say(f"{fault}; going on from step {step}")
+            for damaged, fault in faults.items():
+                aside = self.folder / f"{damaged}{DAMAGED}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(damaged)).rename(aside)
+                say(f"{fault}; set aside as {aside.name}; going on from step {step}")
             return step
         if faults:
-            raise CheckpointError(f"no checkpoint in {self.folder} is whole: {'; '.join(faults)}; start again with "
-                                  "another output")
+            raise CheckpointError(f"no checkpoint in {self.folder} is whole: {'; '.join(faults.values())}; start again "
+                                  "with another output")
         return -1
 
     def _seal(self) -> None:
         """Called in Orbax's thread when all files are written, before the rename."""
         assert self._writing
         folder = self.folder / f"{self._writing.step}{TEMPORARY}"
-        names = [name for name in Files(folder).names() if name not in OURS]
+        names = [name for name in Files(folder).names() if name != UNLISTED]
         stored = at_once(lambda name: Stored((folder / name).stat().st_size, hash_file(folder / name)), names)
         manifest = dataclasses.replace(self._writing, files=dict(zip(names, stored, strict=True)))
-        Files(folder).write(MANIFEST, dump(dataclasses.asdict(manifest)))
+        content = dataclasses.asdict(manifest)
+        Files(folder).write(MANIFEST, dump(content | {"sha256": checksum(content)}))
 
     def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:      # of many kinds, by where in Orbax or TensorStore the disk was found full
+            step, self._writing = self._writing.step if self._writing else "?", None
             self._clear()
-            step, last = self._writing.step if self._writing else "?", f"the last whole one is step {self.steps[-1]}" \
-                if self.steps else "there is none before it"
-            self._writing = None
+            last = f"the last whole one is step {self.steps[-1]}" if self.steps else "there is none before it"
             raise CheckpointError(f"the checkpoint of step {step} could not be written into {self.folder} "
                                   f"({_reason(error)}); {last}: free space, and go on with --resume") from error
 
@@ -169,12 +180,11 @@ def _read_manifest(folder: Path) -> _Manifest:
     file = folder / MANIFEST
     try:
         content = parse_json(file.read_bytes(), str(file))
-        files = {name: Stored(**stored) for name, stored in content.pop("files").items()}
-        return _Manifest(**content, files=files)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{file} is damaged") from None
+    if content.pop("sha256", None) != checksum(content):
+        raise CheckpointError(f"{file} is damaged: its content has not the checksum that it states")
+    return _Manifest(**content | {"files": {name: Stored(**stored) for name, stored in content["files"].items()}})
 
 
 def _verify(folder: Path) -> None:

@@ -19,11 +19,12 @@ from jaxllm.axes import make_mesh, spec
 from jaxllm.evaluate import evaluate
 from jaxllm.generate.compile_cache import use_compile_cache
 from jaxllm.generate.engine import Model
+from jaxllm.generate.text import Tokenizer
 from jaxllm.train.batch import Batch
 from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.data import batches
+from jaxllm.train.data import Rows, batches
 from jaxllm.train.memory import describe_memory
-from jaxllm.train.output import Origin, open_origin, output_of, write_settings
+from jaxllm.train.output import open_origin, output_of, write_settings
 from jaxllm.train.report import Report
 from jaxllm.train.run import Run
 from jaxllm.train.state import Plan, TrainState, make_plan
@@ -65,20 +66,22 @@ def train(run: Run, resume: bool = False, progress: bool = True) -> Trained:
         for record in rows.skipped if progress else ():
             report.say(f"left out: {record}")
         is_stopped = stack.enter_context(stopping())
-        return _loop(plan, state, frozen, begin, map(lambda batch: on_mesh(batch, mesh), rows), rows.state, checkpoints,
-                     report, origin, folder, is_stopped)
+        last = begin if begin >= run.steps else _loop(plan, state, frozen, begin, rows, checkpoints, report,
+                                                      origin.tokenizer, is_stopped)
+        checkpoints.wait()
+        return Trained(folder, last, last >= run.steps)
 
 
-def _loop(plan: Plan, state: TrainState, frozen: dict[str, Any], begin: int, rows: Iterator[Batch],
-          place: Callable[[], Any], checkpoints: Checkpoints, report: Report, origin: Origin, folder: Path,
-          is_stopped: Callable[[int], bool]) -> Trained:
-    run, step, last, compiled = plan.run, make_step(plan), begin, None
+def _loop(plan: Plan, state: TrainState, frozen: dict[str, Any], begin: int, rows: Rows, checkpoints: Checkpoints,
+          report: Report, tokenizer: Tokenizer, is_stopped: Callable[[int], bool]) -> int:
+    """The last step, with its checkpoint on the way to the disk."""
+    run, batch = plan.run, on_mesh(next(rows), plan.mesh)
+    step = make_step(plan).lower(state, frozen, batch).compile()
+    report.say(describe_memory(state, frozen, step))
     for number in range(begin + 1, run.steps + 1):
-        batch = next(rows)
-        if compiled is None:
-            compiled = step.lower(state, frozen, batch).compile()
-            report.say(describe_memory(state, frozen, compiled))
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = step(state, frozen, batch)
+        place = rows.state()
+        batch = on_mesh(next(rows), plan.mesh)      # while the devices are at work
         report.advance()
         if run.on_nonfinite == "stop" and float(metrics["skipped"]):
             raise ValueError(f"step {number}: the loss is {float(metrics['loss'])}, the gradient's norm "
@@ -90,22 +93,20 @@ def _loop(plan: Plan, state: TrainState, frozen: dict[str, Any], begin: int, row
         if number % run.log_every == 0 or is_last or stop or has_heldout:
             report.log(number, number * run.batch * run.context, {k: float(value) for k, value in metrics.items()})
             if has_heldout:
-                report.add_heldout(heldout(plan, state, frozen, origin))
+                report.add_heldout(heldout(plan, state, frozen, tokenizer))
             report.write()
         if number % run.save_every == 0 or is_last or stop:
-            checkpoints.save(number, state, place())
+            checkpoints.save(number, state, place)
             report.draw()
-        last = number
         if stop and not is_last:
-            report.say(f"stopped after step {number} of {run.steps}; go on with: jaxllm train {folder} --resume")
+            report.say(f"stopped after step {number} of {run.steps}; go on with: jaxllm train {run.output} --resume")
             break
-    checkpoints.wait()
-    return Trained(folder, last, last == run.steps)
+    return number
 
 
-def heldout(plan: Plan, state: TrainState, frozen: dict[str, Any], origin: Origin) -> dict[str, float]:
+def heldout(plan: Plan, state: TrainState, frozen: dict[str, Any], tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of each held-out file."""
-    model = Model(plan.model(state.trained, state.biases, frozen), plan.mesh, origin.tokenizer, ())
+    model = Model(plan.model(state.trained, state.biases, frozen), plan.mesh, tokenizer, ())
     found = evaluate([("model", model)], list(plan.run.heldout.values())).scores["model"]
     return {name: found[file].measures["bits_per_byte"] for name, file in plan.run.heldout.items()}
 

@@ -20,7 +20,7 @@ from jaxllm.config_hub import read_json
 from jaxllm.generate.text import Tokenizer
 from jaxllm.train.run import Run
 
-CONFIG, LOCK = "config.json", "lock"
+CONFIG, LOCK, PART = "config.json", "lock", ".part"
 UNTIED = ("max_position_embeddings", "num_nextn_predict_layers", "quantization_config", "dtype")   # no part of a state
 
 
@@ -63,7 +63,8 @@ def output_of(run: Run, resume: bool) -> Iterator[Path]:
     Errors: ValueError for a folder that holds anything, unless `resume` and it is a run's; another process's.
     """
     folder = Path(run.output)
-    found = [name for name in os.listdir(folder) if name != LOCK] if folder.is_dir() else []
+    found = [name for name in os.listdir(folder) if name != LOCK and not name.endswith(PART)] \
+        if folder.is_dir() else []      # a run that is killed at its beginning leaves these
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output = {folder} is a file; expected a folder to be made")
     if resume and RUN not in found:
@@ -87,6 +88,6 @@ def write_settings(folder: Path, run: Run, origin: Origin) -> None:
     """What says that the folder is a run's: its settings, and the model's small files. Not before it is known that a
     checkpoint which is there belongs to them."""
     if jax.process_index() == 0:
-        for name, content in (origin.small | {RUN: run.to_json().encode()}).items():
-            (folder / f"{name}.part").write_bytes(content)
-            os.replace(folder / f"{name}.part", folder / name)
+        for name, content in ({RUN: run.to_json().encode()} | origin.small).items():      # a killed run can be resumed
+            (folder / f"{name}{PART}").write_bytes(content)
+            os.replace(folder / f"{name}{PART}", folder / name)

@@ -3,7 +3,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,10 @@ METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
 class Report:
-    """The lines of the steps up to `step`, where the run goes on, and those to come. Only the first process writes."""
+    """The lines of the steps up to `step`, where the run goes on, and those to come. Only the first process writes.
+
+    Errors: ValueError naming the file that cannot be written.
+    """
 
     def __init__(self, folder: Path, step: int, steps: int, progress: bool):
         self.file, self.curves = folder / METRICS, folder / CURVES
@@ -33,7 +37,8 @@ class Report:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.close()
-        self.draw()
+        with suppress(ValueError) if error else nullcontext():      # of two errors the first says what is wrong
+            self.draw()
 
     def advance(self) -> None:
         """One more step is on its way."""
@@ -59,7 +64,7 @@ class Report:
     def write(self) -> None:
         """Write the line of the last step."""
         if self.is_first:
-            with open(self.file, "a") as file:
+            with _naming(self.file), open(self.file, "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
 
     def say(self, text: str) -> None:
@@ -69,7 +74,8 @@ class Report:
 
     def draw(self) -> None:
         if self.is_first and self.lines:
-            draw_curves(self.lines, self.curves)
+            with _naming(self.curves):
+                draw_curves(self.lines, self.curves)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -118,5 +124,15 @@ def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 def _replace(file: Path, content: bytes) -> None:
     part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)
+    with _naming(file):
+        part.write_bytes(content)
+        os.replace(part, file)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """What the system says of a full disk, with the file that it was for."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({error.strerror}): free space, and go on with --resume") from error

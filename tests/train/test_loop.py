@@ -18,6 +18,7 @@ import jaxllm
 from jaxllm.checkpoint import CheckpointError, export
 from jaxllm.train import loop
 from jaxllm.train.loop import train
+from jaxllm.train.output import output_of
 from jaxllm.train.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +188,22 @@ def test_outputs_that_are_taken(undisturbed, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; expected a folder"):
         train(settings(tmp_path / "file"), progress=False)
+
+
+def test_what_a_run_killed_at_its_beginning_leaves_is_no_run(tmp_path):
+    """A lock and half a file: a new run begins there."""
+    for name in ("lock", "run.json.part"):
+        (tmp_path / name).touch()
+    with output_of(settings(tmp_path), resume=False) as folder:
+        assert folder == tmp_path
+    with pytest.raises(ValueError, match="holds no run"), output_of(settings(tmp_path), resume=True):
+        pass
+
+
+def test_a_finished_run_has_nothing_left_to_do(undisturbed):
+    before = losses(undisturbed)
+    assert train(settings(undisturbed), resume=True, progress=False) == loop.Trained(undisturbed, STEPS, True)
+    assert losses(undisturbed) == before
 
 
 def test_another_architecture_or_tokenizer_is_refused(undisturbed):
