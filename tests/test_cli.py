@@ -31,8 +31,8 @@ def asked(monkeypatch):
     """What the commands ask for, in order; the model that `load` gives them answers each prompt with itself."""
     calls = []
 
-    def load(*arguments):
-        calls.append(("load", *arguments))
+    def load(*arguments, **options):
+        calls.append(("load", *arguments, *(item for item in options.items() if item[1])))
         return SimpleNamespace(generate=generate, stream=stream, tokenizer=SimpleNamespace(chat=chat))
 
     def generate(prompts, **settings):
@@ -82,6 +82,8 @@ def test_settings(asked, options, settings):
 def test_mesh_and_dtype(asked):
     assert main(["generate", "MODEL", "p", "--mesh", "data=2", "--dtype", "bfloat16"]) == 0
     assert asked[0] == ("load", "MODEL", "data=2", "bfloat16")
+    assert main(["generate", "MODEL", "p", "--replicate", "--adapter", "DIR"]) == 0
+    assert asked[-2] == ("load", "MODEL", None, None, ("replicate", True), ("adapter", "DIR"))
     asked.clear()
     assert main(["info", "MODEL", "--mesh", "data=2"]) == main(["info", "MODEL"]) == 0
     assert asked == [("describe", "MODEL", "data=2"), ("describe", "MODEL", None)]
@@ -265,3 +267,17 @@ def test_two_processes_write_what_one_does():
     first, second = (out for out, _ in outcomes)
     assert ("\n" + first).endswith("\n{0}{2}\n---\n{1}{3}\n".format(*prompts, *written))
     assert not any(prompt in second for prompt in prompts)
+
+
+def test_training_in_several_processes_joins_first(monkeypatch, capsys):
+    """The first process tells where the run has come to."""
+    from jaxllm.cli import train
+    from jaxllm.train import loop
+    calls = []
+    monkeypatch.setattr(train, "join_processes", lambda: calls.append("join"))
+    monkeypatch.setattr(train, "read_run", lambda file, overrides: SimpleNamespace(lora=None))
+    monkeypatch.setattr(loop, "train", lambda run, resume: (calls.append("train"), loop.Trained("OUT", 3, True))[1])
+    assert main(["train", "run.py", "--distributed"]) == 0 and calls == ["join", "train"]
+    assert capsys.readouterr().out.startswith("OUT: 3 steps; jaxllm export OUT HUB_DIR")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert main(["train", "run.py", "--distributed"]) == 0 and capsys.readouterr().out == ""
