@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.quant import Weight
+from jaxllm.quant import Packed, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +59,11 @@ def gathered(value: Any, compute: PartitionSpec) -> Any:
     return value if same else Gathered(value, compute)
 
 
-def gathered_after(model: Any, state: Any) -> tuple[Any, Any]:
-    """(model, state) as they are, but what is gathered of the model is so after the state is there: in a loop each
-    time, where a compiler would else do it once and keep all of it through the loop."""
-    leaves, tree = jax.tree.flatten(model, is_leaf=lambda x: isinstance(x, Gathered))
-    waiting = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Gathered)}
+def anew(model: Any, state: Any) -> tuple[Any, Any]:
+    """(model, state) as they are, for a step of a loop: what is gathered or decoded of the model is so once the state
+    is there, in each step. A compiler would else do it before the loop, and keep all of it through the loop."""
+    leaves, tree = jax.tree.flatten(model, is_leaf=lambda x: isinstance(x, Gathered | Packed))
+    waiting = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Gathered | Packed)}
     if not waiting:
         return model, state
     waiting, state = jax.lax.optimization_barrier((waiting, state))

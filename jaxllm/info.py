@@ -20,6 +20,7 @@ from jaxllm.checkpoint.hub import INDEX
 from jaxllm.checkpoint.load import refuse_incomplete
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.checkpoint.store import StoreSource, is_store
+from jaxllm.checkpoint.trained import TrainedSource, is_run
 from jaxllm.config import Config, LayerSpec
 from jaxllm.gathered import stored
 from jaxllm.generate.load import abstract_model, as_stored
@@ -106,7 +107,7 @@ def _parameters(config: Config) -> list[str]:
 def _held(folder: Path) -> Source | None:
     """What the folder holds beside its config.json. Errors: CheckpointError for weights that are not whole."""
     is_hub = any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
-    return open_source(folder) if is_hub or is_store(folder) else None
+    return open_source(folder) if is_hub or is_store(folder) or is_run(folder) else None
 
 
 def _weights(source: Source | None, forms: Mapping[str, Any]) -> str:
@@ -121,7 +122,8 @@ def _weights(source: Source | None, forms: Mapping[str, Any]) -> str:
         return f"none in this folder{packed}"
     dtypes = sorted({str(dtype) for _, dtype in source.params.values()})
     nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.params.values())
-    return (f"{'converted' if isinstance(source, StoreSource) else 'hub layout'}, {len(source.params)} arrays of "
+    kind = {StoreSource: "converted", TrainedSource: "of a training run"}.get(type(source), "hub layout")
+    return (f"{kind}, {len(source.params)} arrays of "
             f"{' and '.join(dtypes)}, {nbytes:,} bytes{packed}")
 
 

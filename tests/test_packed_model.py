@@ -1,6 +1,7 @@
 """Whole models with packed weights: the numbers of the decoded ones, in the bytes of the file, on any mesh."""
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from make_release import write_release
 from release_cases import CASES
 from release_reader import read_release
 from safetensors.numpy import save_file
+from test_sharding import carried
 
 import jaxllm
 from jaxllm.checkpoint import open_source
@@ -90,6 +92,15 @@ def test_bytes_of_released_models(name, mesh):
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     in_file = sum(math.prod(shape) * dtype.itemsize for shape, dtype in params.values())
     assert held == pytest.approx(in_file / mesh.size, rel=0.02)
+
+
+def test_a_loop_decodes_in_each_step(folders):
+    """No number of a packed matrix is decoded before the loop over steps and kept through it."""
+    model = jaxllm.load(folders[0])
+    sizes = {math.prod(leaf.shape) for path, leaf in parameters(abstract_model(
+        model.config, model.mesh, model.dtype)).items() if path.endswith(("q_DNH", "gate_DF", "gate_EDI"))}
+    floats = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", carried(model))]
+    assert floats and not sizes & set(floats)
 
 
 def test_text_is_the_same_on_every_mesh(tmp_path):

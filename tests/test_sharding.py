@@ -113,9 +113,8 @@ def test_replicated_parameters(hub):
     assert [row.tokens for row in texts[0]] == [row.tokens for row in texts[1]]
 
 
-def test_a_loop_gathers_in_each_step(hub):
-    """What is gathered is not carried through the loop over steps."""
-    model = jaxllm.load(hub, "data=8")
+def carried(model):
+    """The types of what the compiled loop over decode steps takes along, as text."""
     B = 8
     request = make_request([[1, 2, 3]] * B, model.config, None, max_new_tokens=4)
     sampling, stop_ids = model._sampling(request), place(model.transformer, np.array((-1,)), None)
@@ -123,9 +122,13 @@ def test_a_loop_gathers_in_each_step(hub):
     state = start(model.transformer, cache, logits, sampling, stop_ids, model._column(np.full(B, 4)), 4, request.kind)
     with on_mesh(model.transformer):
         lowered = _advance.lower(model.transformer, state, sampling, stop_ids, np.int32(4), request.kind)
-    text = lowered.compile().as_text()
-    carried, = re.findall(r'= (\(.*\)) while\(.*op_name="jit\(_advance\)/while"', text)
-    assert "[24,8,40]" in carried and "[24,64,40]" not in carried
+    found, = re.findall(r'= (\(.*\)) while\(.*op_name="jit\(_advance\)/while"', lowered.compile().as_text())
+    return found
+
+
+def test_a_loop_gathers_in_each_step(hub):
+    found = carried(jaxllm.load(hub, "data=8"))
+    assert "[24,8,40]" in found and "[24,64,40]" not in found
 
 
 def test_loaded_parameters(model):

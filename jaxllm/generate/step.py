@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxllm.axes import spec
 from jaxllm.cache import Cache, empty_layer
 from jaxllm.config import Config, LayerSpec
-from jaxllm.gathered import gathered_after
+from jaxllm.gathered import anew
 from jaxllm.generate.sample import Kind, Sampling, sample
 from jaxllm.model import Transformer, stored_layers
 
@@ -148,7 +148,7 @@ def _advance(model: Transformer, state: State, sampling: Sampling, stop_ids: jax
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         i, old = carry
-        weights, old = gathered_after(model, old)
+        weights, old = anew(model, old)
         alive_B = (~old.done_B).astype(jnp.int32)
         logits_BW, cache = last_logits(weights, old.cache, old.token_B[:, None], alive_B)
         token_B = sample(logits_BW, sampling, cache.length_B, kind)
