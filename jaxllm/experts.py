@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.linear import matmul
+from jaxllm.linear import einsum, matmul
 from jaxllm.quant import Packed, Weight, take
 
 Experts = tuple[Weight, Weight, Weight]      # gate_eDI, up_eDI, down_eID
+MANY_TOKENS = 64                             # from here on a GPU computes all experts at once (docs/log.md)
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -81,8 +82,9 @@ def apply_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, ex
     """
     if all(isinstance(w, jax.Array) for w in experts):
         return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
-                                          cpu=experts_by_block, default=experts_by_ragged_dot)
-    return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # ragged_dot wants all experts decoded
+                                          cpu=experts_by_block, cuda=experts_on_gpu, rocm=experts_on_gpu,
+                                          default=experts_by_ragged_dot)
+    return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # the others want all experts decoded
 
 
 def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight) -> jax.Array:
@@ -117,6 +119,21 @@ def experts_by_ragged_dot(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.A
     y_RD = product(hidden, down_eID) * weight_MA.reshape(M * A)[order_R][:, None]
     y_RD = jnp.where((local_R[order_R] < e)[:, None], y_RD, 0.0)   # rows past the last group may hold anything
     return jnp.zeros_like(x_MD, jnp.float32).at[order_R // A].add(y_RD)
+
+
+def experts_at_once(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: jax.Array) -> jax.Array:
+    """All experts for all tokens, those that a token did not choose by weight 0."""
+    gate_eDI, up_eDI, down_eID = (w.astype(x_MD.dtype) for w in experts)
+    chosen_MAe = local_MA[:, :, None] == jnp.arange(gate_eDI.shape[0], dtype=jnp.int32)[None, None, :]
+    weight_Me = jnp.where(chosen_MAe, weight_MA[:, :, None], 0.0).sum(1)
+    hidden = jax.nn.silu(einsum("md,edi->mei", x_MD, gate_eDI)) * einsum("md,edi->mei", x_MD, up_eDI)
+    return einsum("mei,eid->md", (hidden * weight_Me[:, :, None]).astype(x_MD.dtype), down_eID)
+
+
+def experts_on_gpu(x_MD: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """XLA's grouped product is all experts for all R = M*A rows on a GPU, and costs as much once it is more than
+    reading the weights."""
+    return (experts_at_once if x_MD.shape[0] >= MANY_TOKENS else experts_by_ragged_dot)(x_MD, *inputs)
 
 
 def trained_part(weights: Sequence[Weight]) -> list[Any]:
@@ -168,11 +185,14 @@ def gradients_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Arra
             jax.tree.map(lambda all, w: all.astype(w.dtype), total, trained_part(experts)))
 
 
-def gradients_by_ragged_dot(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, experts: Any,
-                            d_out_MD: jax.Array) -> Gradients:
-    dx, dweight, *dexperts = jax.vjp(lambda x, weight, *w: experts_by_ragged_dot(x, local_MA, weight, *w),
-                                     x_MD, weight_MA, *experts)[1](d_out_MD)
-    return dx, dweight, dexperts
+def gradients_through(compute: Callable[..., jax.Array]) -> Callable[..., Gradients]:
+    """Those of `compute`, by differentiation."""
+    def gradients(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, experts: Any, d_out_MD: jax.Array
+                  ) -> Gradients:
+        dx, dweight, *dexperts = jax.vjp(lambda x, weight, *w: compute(x, local_MA, weight, *w),
+                                         x_MD, weight_MA, *experts)[1](d_out_MD)
+        return dx, dweight, dexperts
+    return gradients
 
 
 def _forward(*inputs: Any) -> tuple[jax.Array, Any]:
@@ -183,7 +203,9 @@ def _backward(inputs: Any, d_out_MD: jax.Array) -> Any:
     x_MD, local_MA, weight_MA, experts = inputs
     if all(isinstance(w, jax.Array) for w in experts):
         dx, dweight, dexperts = jax.lax.platform_dependent(
-            x_MD, local_MA, weight_MA, experts, d_out_MD, cpu=gradients_by_block, default=gradients_by_ragged_dot)
+            x_MD, local_MA, weight_MA, experts, d_out_MD, cpu=gradients_by_block,
+            cuda=gradients_through(experts_on_gpu), rocm=gradients_through(experts_on_gpu),
+            default=gradients_through(experts_by_ragged_dot))
     else:
         dx, dweight, dexperts = gradients_by_block(x_MD, local_MA, weight_MA, experts, d_out_MD)
     none = jax.tree.map(lambda _: None, experts)      # no gradient of codes, scales, and what is adapted

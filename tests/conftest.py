@@ -6,7 +6,7 @@ import os
 # comes last and counts: XLA_FLAGS=--xla_backend_optimization_level=3 make test
 os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
                                     os.environ.get("XLA_FLAGS", "")])
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAXLLM_COMPILE_CACHE"] = "off"       # nothing of a run depends on the one before
 
 import jax  # noqa: E402  (the flags above must be set before JAX starts)
