@@ -46,7 +46,7 @@ def _forward(x_BTD: jax.Array, head_DW: Weight, target_BT: jax.Array, counted_BT
 
 
 def _backward(gradients: Any, d_nats: jax.Array) -> tuple[Any, ...]:
-    d_x, d_head = jax.tree.map(lambda g: (g * d_nats).astype(g.dtype), gradients)
+    d_x, d_head = jax.tree.map(lambda g: (g.astype(jnp.float32) * d_nats).astype(g.dtype), gradients)
     return d_x, *(d_head or (None,)), None, None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.load import load_arrays
@@ -142,7 +143,7 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
 
     def held(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         if path in trained:
-            return stored(leaf.update(dtype=jnp.promote_types(leaf.dtype, master)))
+            return stored(leaf.update(dtype=np.promote_types(leaf.dtype, master)))
         return as_stored(path, stored(leaf), params)
     leaves = {path: held(path, leaf) for path, leaf in (parameters(computed) | adapters).items()}
     return Plan(run, config, mesh, computed, leaves, trained, adapters)

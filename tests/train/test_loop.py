@@ -15,7 +15,7 @@ from hub_maker import tiny_config
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxllm
-from jaxllm.checkpoint import CheckpointError, export
+from jaxllm.checkpoint import CheckpointError, export, open_source
 from jaxllm.train import loop
 from jaxllm.train.loop import train
 from jaxllm.train.output import output_of
@@ -69,6 +69,15 @@ def test_what_a_run_leaves(undisturbed, tmp_path):
     np.testing.assert_array_equal(model.logits([[1, 2, 3]]), again.logits([[1, 2, 3]]))
     assert any("mtp" in name for name in json.loads((tmp_path / "hub/model.safetensors.index.json").read_text())[
         "weight_map"])
+
+
+def test_bfloat16_with_a_float32_master(undisturbed, tmp_path):
+    """What is kept is float32; the losses are those of float32 within 1%, as bfloat16 has 8 bits."""
+    train(settings(tmp_path / "run", dtype="bfloat16", master=True, steps=10, decay=2), progress=False)
+    found, expected = losses(tmp_path / "run"), losses(undisturbed)
+    np.testing.assert_allclose([found[n][:2] for n in range(1, 9)], [expected[n][:2] for n in range(1, 9)], rtol=1e-2)
+    assert any(found[n][0] != expected[n][0] for n in found)
+    assert {dtype for _, dtype in open_source(tmp_path / "run").params.values()} == {np.dtype("float32")}
 
 
 KILLED = """
