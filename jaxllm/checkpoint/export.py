@@ -210,10 +210,8 @@ def _place(tensors: Tensors, shard_bytes: int) -> dict[str, Tensors]:
             left = shard_bytes
         runs[-1] |= unit
         left -= size
-    if not mtp and len(runs) == 1:
-        return {SINGLE: runs[0]}
     shards = {f"model-{n:05d}-of-{len(runs):05d}.safetensors": run for n, run in enumerate(runs, 1)}
-    return shards | ({MTP_FILE: mtp} if mtp else {})
+    return (shards if len(runs) > 1 else {SINGLE: runs[0]}) | ({MTP_FILE: mtp} if mtp else {})
 
 
 def _facts(release: Release) -> dict[str, Any]:
