@@ -5,6 +5,7 @@ jaxllm convert configs/mimo-nano build/mimo-nano-mxfp4 --weights mxfp4
 """
 model = "../../build/mimo-nano-mxfp4"
 output = "../../build/lora-sft"
+config = {"num_nextn_predict_layers": 0}      # the MTP blocks stay as they are, and cost no time
 lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 format = "chat"                    # lines with messages; the assistant's turns are learned
 on_broken = "skip"                 # what cannot be used is named, counted and left out

@@ -26,7 +26,7 @@ def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_hub(folder / "hub", tiny_config(vocab_size=8192, num_hidden_layers=2, hybrid_layer_pattern=[0, 1],
                                           moe_layer_freq=[0, 1], hidden_size=64))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(NANO / name, folder / "hub")
     convert(folder / "hub", folder / "base", weights=request.param, classes=["all"], progress=False)
     return folder / "base"
@@ -34,7 +34,7 @@ def base(request, tmp_path_factory):
 
 def settings(base, folder, **changes):
     return Run(**{"output": str(folder), "model": str(base), "lora": LORA, "steps": STEPS, "context": 32, "batch": 8,
-                  "data": {str(NANO / "udhr/train.de.jsonl"): 1.0}, "learning_rate": 3e-2, "log_every": 1,
+                  "data": {str(NANO / "udhr/train.de.jsonl"): 1.0}, "learning_rate": 1e-2, "log_every": 1,
                   "save_every": 3} | changes)
 
 
@@ -90,10 +90,19 @@ def test_resumed(base, run, tmp_path):
     assert losses(folder) == losses(run)
 
 
+def test_blocks_of_the_base_can_be_left_out(base, run, tmp_path):
+    """Of its MTP blocks a run computes none if it says so, and all otherwise."""
+    train(settings(base, tmp_path / "run", steps=1, config={"num_nextn_predict_layers": 0}), progress=False)
+    without, with_all = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+                         for folder in (tmp_path / "run", run))
+    assert "mtp_0" in with_all and "mtp_0" not in without and without["loss"] == pytest.approx(with_all["loss"])
+    assert jaxllm.load(tmp_path / "run").logits(TOKENS).shape == (*TOKENS.shape, 8192)
+
+
 def test_another_base(base, run, tmp_path):
     export(run, tmp_path / "adapter", progress=False)
     write_hub(tmp_path / "other", json.loads((base.with_name("hub") / "config.json").read_text()), seed=1)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(NANO / name, tmp_path / "other")
     with pytest.raises(CheckpointError, match="is an adapter of another base"):
         jaxllm.load(tmp_path / "other", adapter=tmp_path / "adapter")
