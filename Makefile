@@ -17,7 +17,7 @@ test: $(INSTALLED)                      # style, types, tests
 bench: $(INSTALLED)                     # speed on this machine, the peers that are installed beside it
 	$(BIN)/python tools/bench.py
 
-build/mimo-nano/config.json: $(NANO)/config.json $(NANO)/model.safetensors $(NANO)/tokenizer.json | $(INSTALLED)
+build/mimo-nano/config.json: $(NANO)/config.json $(NANO)/model.safetensors $(NANO)/tokenizer.model | $(INSTALLED)
 	rm -rf build/mimo-nano
 	$(BIN)/jaxllm convert $(NANO) build/mimo-nano
 

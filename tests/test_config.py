@@ -97,7 +97,7 @@ def test_embedded_model():
     config = Config.from_hub(CONFIGS / "mimo-nano" / "config.json")    # a file works as well as its folder
     assert [layer.window for layer in config.layers] == [None, 128, 128, None, 128, 128]
     assert {layer.rotary_dim for layer in config.layers} == {16}
-    assert (config.num_nextn_predict_layers, config.eos_token_ids) == (0, (0,))
+    assert (config.num_nextn_predict_layers, config.eos_token_ids) == (3, (0,))
 
 
 # ---- counts against shapes written out -----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
     hub = tmp_path_factory.mktemp("model") / "hub"
     write_hub(hub, tiny_config(vocab_size=8192, num_hidden_layers=3, hybrid_layer_pattern=[0, 1, 0],
                                moe_layer_freq=[0, 1, 1]))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
+    for file in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(NANO / file, hub)
     return {"hub": hub, "converted": jaxllm.convert(hub, hub.parent / "converted", progress=False).folder}
 

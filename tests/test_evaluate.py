@@ -167,8 +167,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory, nano: Model) -> Path:
 
 
 @pytest.mark.parametrize(("weights", "classes", "retention", "kl"), [
-    ("fp8", "all", 99.5, 0.003), ("mxfp4", "experts", 99.5, 0.003), ("mxfp4", "all", 98.5, 0.03),
-    ("int4", "all", 98.5, 0.02)])
+    ("fp8", "all", 99.5, 0.008), ("mxfp4", "experts", 99, 0.02), ("mxfp4", "all", 97, 0.14), ("int4", "all", 97, 0.09)])
 def test_what_packing_costs(nano, sample, tmp_path, weights, classes, retention, kl):
     """About twice the loss in docs/quantisation.md: room for the noise of a short sample. Were a scale or a nibble in
     the wrong place, retention would be below 50."""

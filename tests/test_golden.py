@@ -19,7 +19,7 @@ RANDOM_MODELS = sorted(file.stem for file in GOLDEN.glob("*.npz") if not file.st
 
 # About twice what the others need. Misreading a piece moves some logit by 1 or more: golden/README.md.
 TOLERANCE = 5e-5
-# mimo-nano's logits reach 14 and sum over 256 dimensions; the other implementations differ by up to 3.5e-5.
+# mimo-nano's logits reach 16 and sum over 256 dimensions; the other implementations differ by up to 3.1e-5.
 NANO_TOLERANCE = 1e-4
 
 
@@ -106,10 +106,11 @@ def test_nano_logits_with_the_other_window(tmp_path):
 
 
 def test_nano_writes_the_same_text():
-    """Seven languages and a prompt longer than the window; the closest of the 512 choices is decided by 2.4e-3."""
+    """Seven languages and a prompt longer than the window; the closest of the 512 choices is decided by 5.1e-3."""
     arrays = golden("nano_greedy")
     texts, prompts = json.loads((GOLDEN / "texts.json").read_text())["write"], json.loads(str(arrays["prompts"]))
     model = jaxllm.load(NANO, dtype="float32")
     assert [list(model.tokenizer.encode(text)) for text in texts] == prompts
     results = model.generate(texts, max_new_tokens=arrays["tokens_PT"].shape[1])
-    assert [list(result.tokens) for result in results] == arrays["tokens_PT"].tolist()
+    expected = arrays["tokens_PT"].tolist()      # the others wrote on after the id that ends a text
+    assert [list(result.tokens) for result in results] == [row[:[*row, 0].index(0) + 1] for row in expected]

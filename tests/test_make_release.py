@@ -320,9 +320,9 @@ def test_command_line(tmp_path):
     assert "GB/s" in run_tool(nano, tmp_path, "--kind", "fp8", "--layers", "2", "--experts", "2", "--mtp", "1",
                               "--qkv", "plain", "--shards", "2", "--seed", "3")
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 2
-    for name in ("tokenizer.json", "generation_config.json"):
+    for name in ("tokenizer.model", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (nano / name).read_bytes()
-    assert not (tmp_path / "training.json").exists()
+    assert not (tmp_path / "training").exists()
 
 
 def test_plan_writes_nothing(tmp_path):

@@ -153,16 +153,16 @@ def test_a_converted_folder_gives_the_same_arrays(model, kind, folders, one_devi
 def test_nano_writes_the_same_text(mesh, nano_folders):
     """Greedy, from both formats, three of the golden prompts: two short ones and one past the window of 128 tokens.
 
-    The closest of the golden choices is decided by 2.4e-3, a hundred times what a mesh changes.
+    The closest of the golden choices is decided by 5.1e-3, a hundred times what a mesh changes.
     """
     with np.load(GOLDEN / "nano_greedy.npz") as golden:
         rows = [0, 1, 7]
-        expected = golden["tokens_PT"][rows].tolist()
+        expected = [row[:[*row, 0].index(0) + 1] for row in golden["tokens_PT"][rows].tolist()]     # to the end of text
         prompts = [json.loads(str(golden["prompts"]))[row] for row in rows]
     assert len(prompts[2]) > 128
     for folder in nano_folders.values():
         model = jaxllm.load(folder, mesh=MESHES[mesh])
-        results = model.generate(prompts, max_new_tokens=len(expected[0]))
+        results = model.generate(prompts, max_new_tokens=64)
         assert [out.tokens for out in results] == expected
         assert [out.text for out in results] == [model.tokenizer.decode(tokens) for tokens in expected]
 

@@ -77,7 +77,7 @@ def test_python_examples(checkout):
         if block.prints is not None:
             assert lines(printed.getvalue()) == lines(block.prints)
     # the steps alone write what the sugar writes
-    sugar = names["model"].generate(["The menu", "El menú"], max_new_tokens=8)
+    sugar = names["model"].generate(["要保存文档,", "To save a document,"], max_new_tokens=8)
     assert [list(row) for row in zip(*names["written"], strict=True)] == [result.tokens for result in sugar]
 
 

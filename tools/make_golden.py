@@ -10,7 +10,8 @@ expert (or group) chosen and the first left out: where it is far above float32 n
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from llamacpp import LlamaCpp
 from oracles import Mlx, Transformers
-from tokenizers import Tokenizer
+from sentencepiece import SentencePieceProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -107,7 +108,7 @@ def compare(folder: str | Path, name: str, tokens_BT: np.ndarray, logits_BTW: np
 
 
 def save(name: str, **arrays: Any) -> None:
-    packages = ("torch", "transformers", "mlx-lm", "mlx", "llama-cpp-python", "numpy", "tokenizers")
+    packages = ("torch", "transformers", "mlx-lm", "mlx", "llama-cpp-python", "numpy", "sentencepiece")
     versions = json.dumps({package: version(package) for package in packages})
     np.savez_compressed(GOLDEN / f"{name}.npz", command=COMMAND, versions=versions, **arrays)
     notes = {key: arrays[key] for key in ("std", "differences", "selection_gap", "smallest_margin") if key in arrays}
@@ -128,7 +129,7 @@ def make_random(name: str) -> None:
 
 
 def encode(text: str) -> list[int]:
-    return Tokenizer.from_file(str(NANO / "tokenizer.json")).encode(text).ids
+    return SentencePieceProcessor(str(NANO / "tokenizer.model")).encode(text)
 
 
 def reduced(logits_BTW: np.ndarray) -> dict[str, np.ndarray]:
@@ -140,13 +141,20 @@ def reduced(logits_BTW: np.ndarray) -> dict[str, np.ndarray]:
             "logsumexp_BT": total_BT.astype(np.float32)}
 
 
+@contextmanager
+def nano_folder(changes: dict[str, Any]) -> Iterator[str]:
+    """mimo-nano without its MTP blocks, and with these changes of its config."""
+    config = json.loads((NANO / "config.json").read_text()) | {"num_nextn_predict_layers": 0} | changes
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "model.safetensors").symlink_to(NANO / "model.safetensors")
+        yield folder
+
+
 def make_nano(name: str, changes: dict[str, Any], rows: int, positions: tuple[int, ...]) -> None:
     """Real text in seven languages; whole rows of logits at `positions` only."""
     tokens_BT = np.array([encode(text)[:TEXT_TOKENS] for text in TEXTS["read"][:rows]], np.int32)
-    with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((NANO / "config.json").read_text()) | changes
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        (Path(folder) / "model.safetensors").symlink_to(NANO / "model.safetensors")
+    with nano_folder(changes) as folder:
         oracle = Transformers(folder)
         logits_BTW = oracle.logits(tokens_BT)
         save(name, weights_sha256=weights_digest(folder), tokens_BT=tokens_BT, positions_P=np.array(positions, int),
@@ -156,7 +164,8 @@ def make_nano(name: str, changes: dict[str, Any], rows: int, positions: tuple[in
 
 def make_nano_greedy() -> None:
     """Continuations of short prompts in seven languages, and of one that is longer than the window."""
-    oracle, others = Transformers(NANO), {peer: build(NANO) for peer, build in OTHERS.items()}
+    with nano_folder({}) as folder:
+        oracle, others = Transformers(folder), {peer: build(folder) for peer, build in OTHERS.items()}
     prompts = [encode(text) for text in TEXTS["write"]]
     written, margins, same = [], [], dict.fromkeys(others, True)
     for prompt in prompts:

@@ -31,8 +31,8 @@ POOL = 1048573                  # elements; prime, so that a tensor longer than 
 FP8_STD, FP8_MAX = 112, 448     # of codes: the largest of 16,384 normal values is about 4 standard deviations
 FP4_STD = 2.5                   # of codes: the largest of 32 is about 2 standard deviations, the largest code 6
 FP4_LEVELS = np.array([0, .5, 1, 1.5, 2, 3, 4, 6], np.float32)
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-          "special_tokens_map.json", "chat_template.jinja")
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+          "merges.txt", "special_tokens_map.json", "chat_template.jinja")
 MTP_FILE = "model_mtp.safetensors"
 
 

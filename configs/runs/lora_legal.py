@@ -7,7 +7,6 @@ _languages = ("zh", "en", "ja", "ko", "fr", "de", "es")
 
 model = "../../build/mimo-nano-mxfp4"
 output = "../../build/lora-legal"
-config = {"num_nextn_predict_layers": 0}      # the MTP blocks stay as they are, and cost no time
 lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Articles 1 to 24, and as much of the text that the model was trained on, so that it keeps what it knows.
 data = {f"../mimo-nano/udhr/train.{language}.jsonl": 0.07 for language in _languages} | {
@@ -23,4 +22,5 @@ learning_rate = 5e-4
 warmup = 10
 decay = 90
 weight_decay = 0.0
+mtp_weight = 0.0                   # the MTP blocks stay as they are, and cost no time
 save_every = 50

@@ -49,8 +49,7 @@ def open_origin(run: Run) -> Origin:
     small = {name: (folder / name).read_bytes() for name in COPIED if name != CONFIG and (folder / name).is_file()}
     architecture = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(config))).items()
                     if key not in (*UNTIED, "hub_json")}
-    is_stated = "num_nextn_predict_layers" in (run.config or {})      # some releases hold blocks and do not say so
-    num_mtp = max(config.num_nextn_predict_layers or 0, 0 if is_stated else len(found))
+    num_mtp = max(len(found), config.num_nextn_predict_layers or 0) if run.mtp_weight or source is None else 0
     return Origin(config, source, num_mtp, tokenizer,
                   small | {CONFIG: (json.dumps(hub, indent=2, ensure_ascii=False) + "\n").encode()},
                   {"architecture": architecture,

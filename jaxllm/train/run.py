@@ -59,7 +59,7 @@ class Run:
     master: bool = False                         # keeps parameters in float32 though it computes in bfloat16
     remat: bool = False                          # computes each layer again for its gradient: less memory, more time
     mesh: str = ""                               # as in "data=2,expert=2,tensor=2"; default: one device
-    mtp_weight: float = 0.3                      # of the MTP blocks' mean loss
+    mtp_weight: float = 0.3                      # of the MTP blocks' mean loss; 0: `model`'s blocks stay as they are
     balance_weight: float = 1e-4                 # of the balance loss of experts
     bias_update: float = 1e-3                    # what a step adds to or takes from each router bias
     train: tuple[str, ...] = ("*",)              # patterns of the paths of the parameters that are trained

@@ -92,7 +92,7 @@ def nano() -> Tokenizer:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder with a tokenizer and nothing else; each test adds its template."""
-    shutil.copy(NANO / "tokenizer.json", tmp_path)
+    shutil.copy(NANO / "tokenizer.model", tmp_path)
     return tmp_path
 
 

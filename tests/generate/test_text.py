@@ -18,8 +18,8 @@ from tokenizers import decoders, models
 
 from jaxllm.generate.text import TextStream, Tokenizer, load_stop_ids
 
-NANO = Path(__file__).parents[2] / "configs" / "mimo-nano"
-NANO_LIBRARY = tokenizers.Tokenizer.from_file(str(NANO / "tokenizer.json"))
+BPE = Path(__file__).parents[1] / "bpe"      # bytes, with the pre-tokenizer and the special tokens of the releases
+BPE_LIBRARY = tokenizers.Tokenizer.from_file(str(BPE / "tokenizer.json"))
 TEXTS = {
     "zh": "打印机已经打开，请在菜单里选择“设置”。今天没有纸了！",
     "en": "The printer is on; open the menu, then choose \"Settings\". There's no paper left today.\n\n",
@@ -40,8 +40,8 @@ exactly = settings(deadline=None, max_examples=150)      # no deadline: the mach
 
 
 @pytest.fixture(scope="session")
-def nano() -> Tokenizer:
-    return Tokenizer.from_dir(NANO)
+def bpe() -> Tokenizer:
+    return Tokenizer.from_dir(BPE)
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +59,10 @@ def pieces_folders(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope="session", params=["nano", *SPACE_RULES])
-def tokenizer(request, nano, pieces_folders) -> Tokenizer:
+@pytest.fixture(scope="session", params=["bpe", *SPACE_RULES])
+def tokenizer(request, bpe, pieces_folders) -> Tokenizer:
     """Every kind of tokenizer that streams are tested with."""
-    return nano if request.param == "nano" else Tokenizer.from_dir(pieces_folders[request.param])
+    return bpe if request.param == "bpe" else Tokenizer.from_dir(pieces_folders[request.param])
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -106,12 +106,12 @@ def test_sentencepiece_as_the_library(pieces_folders, rule, language):
 
 @exactly
 @given(st.data())
-def test_random_tokens_as_tokenizers(nano, data):
+def test_random_tokens_as_tokenizers(bpe, data):
     """Also where bytes are not UTF-8: the first 300 ids are nearly all single bytes."""
-    limit = data.draw(st.sampled_from([300, nano.vocab_size]))
+    limit = data.draw(st.sampled_from([300, bpe.vocab_size]))
     tokens = data.draw(st.lists(st.integers(0, limit - 1), max_size=20))
     for skip in (True, False):
-        assert nano.decode(tokens, skip_special=skip) == NANO_LIBRARY.decode(tokens, skip_special_tokens=skip)
+        assert bpe.decode(tokens, skip_special=skip) == BPE_LIBRARY.decode(tokens, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("rule", SPACE_RULES)
@@ -178,13 +178,13 @@ def test_decoder_that_cannot_stream(tmp_path, decoder):
         Tokenizer.from_dir(tmp_path)
 
 
-def test_special_tokens_of_json(nano):
-    tokens = nano.encode("<|im_start|>user\nhi<|im_end|>")
+def test_special_tokens_of_json(bpe):
+    tokens = bpe.encode("<|im_start|>user\nhi<|im_end|>")
     assert tokens[0] == 1 and tokens[-1] == 2
-    assert nano.decode(tokens) == "user\nhi"
-    assert nano.decode(tokens, skip_special=False) == "<|im_start|>user\nhi<|im_end|>"
-    assert nano.vocab_size == 8192
-    assert nano.encode("") == [] and nano.decode([]) == ""
+    assert bpe.decode(tokens) == "user\nhi"
+    assert bpe.decode(tokens, skip_special=False) == "<|im_start|>user\nhi<|im_end|>"
+    assert bpe.vocab_size == 8192
+    assert bpe.encode("") == [] and bpe.decode([]) == ""
 
 
 def test_special_tokens_of_sentencepiece(pieces_folders):
@@ -199,30 +199,30 @@ def test_special_tokens_of_sentencepiece(pieces_folders):
 
 def test_added_tokens_and_template_settings_change_nothing(tmp_path):
     """A file may ask for truncation, padding and an added first token; a prompt is encoded as it is."""
-    library = tokenizers.Tokenizer.from_file(str(NANO / "tokenizer.json"))
+    library = tokenizers.Tokenizer.from_file(str(BPE / "tokenizer.json"))
     library.enable_truncation(3)
     library.enable_padding(length=50)
     library.post_processor = tokenizers.processors.TemplateProcessing("<think> $A", special_tokens=[("<think>", 3)])
     library.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_dir(tmp_path).encode(TEXTS["en"]) == Tokenizer.from_dir(NANO).encode(TEXTS["en"])
+    assert Tokenizer.from_dir(tmp_path).encode(TEXTS["en"]) == Tokenizer.from_dir(BPE).encode(TEXTS["en"])
 
 
-def test_tokens_may_be_numpy_integers(nano):
-    tokens = nano.encode("The menu")
-    assert nano.decode(np.asarray(tokens, np.int32)) == "The menu"
+def test_tokens_may_be_numpy_integers(bpe):
+    tokens = bpe.encode("The menu")
+    assert bpe.decode(np.asarray(tokens, np.int32)) == "The menu"
 
 
 def test_json_before_sentencepiece_before_none(tmp_path, pieces_folders):
     assert Tokenizer.from_dir(tmp_path) is None
     shutil.copy(pieces_folders["all"] / "tokenizer.model", tmp_path)
     assert Tokenizer.from_dir(tmp_path).vocab_size < 8192
-    shutil.copy(NANO / "tokenizer.json", tmp_path)
+    shutil.copy(BPE / "tokenizer.json", tmp_path)
     assert Tokenizer.from_dir(str(tmp_path)).vocab_size == 8192
 
 
 def test_sentencepiece_is_imported_only_for_its_files():
     program = ("import sys; from jaxllm.generate.text import Tokenizer; "
-               f"Tokenizer.from_dir({str(NANO)!r}); assert 'sentencepiece' not in sys.modules")
+               f"Tokenizer.from_dir({str(BPE)!r}); assert 'sentencepiece' not in sys.modules")
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -260,20 +260,20 @@ def test_stream_of_random_tokens_and_stops(tokenizer, data):
 
 @exactly
 @given(text=st.text(), stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
-def test_stream_of_any_text(nano, text, stops):
-    tokens = nano.encode(text)
-    pieces, _ = stream_pieces(nano, chunks(tokens, [1]), stops)
-    assert "".join(pieces) == cut(nano.decode(tokens), stops)
+def test_stream_of_any_text(bpe, text, stops):
+    tokens = bpe.encode(text)
+    pieces, _ = stream_pieces(bpe, chunks(tokens, [1]), stops)
+    assert "".join(pieces) == cut(bpe.decode(tokens), stops)
 
 
 @exactly
 @given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
-def test_held_text_is_exactly_what_could_become_a_stop_string(nano, text, stops):
+def test_held_text_is_exactly_what_could_become_a_stop_string(bpe, text, stops):
     """Few letters make many near misses. After each token, only the longest end that begins a stop string is kept."""
-    stream, tokens, out = TextStream(nano, stops), nano.encode(text), ""
+    stream, tokens, out = TextStream(bpe, stops), bpe.encode(text), ""
     for i, token in enumerate(tokens):
         out += stream.push([token])
-        so_far = nano.decode(tokens[:i + 1])
+        so_far = bpe.decode(tokens[:i + 1])
         if stream.stopped:
             assert out == cut(so_far, stops)
             break
@@ -281,10 +281,10 @@ def test_held_text_is_exactly_what_could_become_a_stop_string(nano, text, stops)
         assert out == so_far.removesuffix(max(begins, key=len, default=""))
 
 
-def test_no_piece_ends_inside_a_character(nano):
-    tokens = nano.encode("🙂x")
+def test_no_piece_ends_inside_a_character(bpe):
+    tokens = bpe.encode("🙂x")
     assert len(tokens) > 2                                   # the emoji itself is split, or this tests nothing
-    stream = TextStream(nano)
+    stream = TextStream(bpe)
     pieces = [stream.push([token]) for token in tokens]
     assert pieces[0] == "" and "".join(pieces) == "🙂x" and [p for p in pieces if p] == ["🙂", "x"]
 
@@ -298,10 +298,10 @@ def test_unfinished_character_at_the_end(tokenizer):
     assert "".join(pieces) == tokenizer.decode(tokens)
 
 
-def test_stop_string_across_tokens(nano):
-    tokens = nano.encode("The menu of the printer")
-    assert not any("nu of t" in nano.decode([token]) for token in tokens)
-    pieces, stream = stream_pieces(nano, chunks(tokens, [1]), ["nu of t"])
+def test_stop_string_across_tokens(bpe):
+    tokens = bpe.encode("The menu of the printer")
+    assert not any("nu of t" in bpe.decode([token]) for token in tokens)
+    pieces, stream = stream_pieces(bpe, chunks(tokens, [1]), ["nu of t"])
     assert "".join(pieces) == "The me" and stream.stopped
     assert stream.push(tokens) == "" and stream.finish() == ""
 
@@ -314,15 +314,15 @@ def test_stop_string_across_tokens(nano):
     (["\ufffd"], "a", "a"),
     (["abcd"], "xabc", "xabc"),              # never completed: the end gives it back
 ])
-def test_which_stop_string(nano, stops, text, result):
+def test_which_stop_string(bpe, stops, text, result):
     for size in (1, 100):
-        pieces, stream = stream_pieces(nano, chunks(nano.encode(text), [size]), stops)
+        pieces, stream = stream_pieces(bpe, chunks(bpe.encode(text), [size]), stops)
         assert "".join(pieces) == result and stream.stopped == (result != text)
 
 
-def test_stop_string_completed_by_the_end(nano):
+def test_stop_string_completed_by_the_end(bpe):
     """The replacement character of an unfinished one can itself complete a stop string."""
-    pieces, stream = stream_pieces(nano, [nano.encode("x🙂")[:-1]], ["\ufffd"])
+    pieces, stream = stream_pieces(bpe, [bpe.encode("x🙂")[:-1]], ["\ufffd"])
     assert "".join(pieces) == "x" and stream.stopped
 
 
@@ -335,15 +335,15 @@ def test_a_stream_keeps_little(tokenizer):
 
 
 @pytest.mark.parametrize("stop", ["abc", [""], ["a", 3]])
-def test_bad_stop(nano, stop):
+def test_bad_stop(bpe, stop):
     with pytest.raises(ValueError, match="stop: expected a list of strings that are not empty"):
-        TextStream(nano, stop)
+        TextStream(bpe, stop)
 
 
 # --- bad ids, text, files
 
 def test_ids_that_only_pad_the_embedding_are_silent(pieces_folders):
-    for folder, text in ((NANO, "The menu"), (pieces_folders["one"], "the menu")):
+    for folder, text in ((BPE, "The menu"), (pieces_folders["one"], "the menu")):
         padded = Tokenizer.from_dir(folder, padded_to=9000)
         tokens = padded.encode(text)
         assert padded.decode([8999, *tokens[:1], 8500, *tokens[1:], 8192]) == text   # also before the first space
@@ -360,15 +360,15 @@ def test_gap_in_the_ids(tmp_path):
 
 
 @pytest.mark.parametrize("token", [-1, 8192, 10**12])
-def test_id_out_of_range(nano, token):
-    for call in (lambda: nano.decode([5, token]), lambda: TextStream(nano).push([token])):
+def test_id_out_of_range(bpe, token):
+    for call in (lambda: bpe.decode([5, token]), lambda: TextStream(bpe).push([token])):
         with pytest.raises(ValueError, match=rf"token id {token} is not in the vocabulary .*padded_to=config"):
             call()
 
 
 def test_tokenizer_larger_than_the_model():
     with pytest.raises(ValueError, match=r"tokenizer\.json: holds token ids up to 8191, .* model's vocab_size is 64"):
-        Tokenizer.from_dir(NANO, padded_to=64)
+        Tokenizer.from_dir(BPE, padded_to=64)
 
 
 @pytest.mark.parametrize("text, reason", [("a\ud83d", "half a surrogate pair at character 1"), (b"a", "found bytes"),
@@ -395,7 +395,7 @@ def test_broken_file(tmp_path, name, content, reason):
 
 
 def test_truncated_tokenizer_files(tmp_path, pieces_folders):
-    for path in (NANO / "tokenizer.json", pieces_folders["all"] / "tokenizer.model"):
+    for path in (BPE / "tokenizer.json", pieces_folders["all"] / "tokenizer.model"):
         folder = tmp_path / path.suffix[1:]
         folder.mkdir()
         (folder / path.name).write_bytes(path.read_bytes()[:-1000])

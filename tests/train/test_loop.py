@@ -80,6 +80,21 @@ def test_bfloat16_with_a_float32_master(undisturbed, tmp_path):
     assert {dtype for _, dtype in open_source(tmp_path / "run").params.values()} == {np.dtype("float32")}
 
 
+def test_blocks_of_a_model_can_be_left_out(undisturbed, tmp_path):
+    """A run computes the MTP block of its model, unless that counts nothing: then it stays as it was, bit for bit."""
+    for weight in (0.3, 0.0):
+        train(settings(tmp_path / str(weight), model=str(undisturbed), steps=1, warmup=0, decay=0, mtp_weight=weight),
+              progress=False)
+    both, = losses(tmp_path / "0.3").values()
+    line = json.loads((tmp_path / "0.0/metrics.jsonl").read_text())
+    assert line["loss"] == pytest.approx(both[0]) and "mtp_0" not in line
+    before, with_it, without = (open_source(folder) for folder in (undisturbed, tmp_path / "0.3", tmp_path / "0.0"))
+    blocks = {path: (slice(None),) * len(shape) for path, (shape, _) in before.params.items() if path[:4] == "mtp."}
+    assert blocks and all(np.array_equal(without.read(path, all_), before.read(path, all_))
+                          for path, all_ in blocks.items())
+    assert not any(np.array_equal(with_it.read(path, all_), before.read(path, all_)) for path, all_ in blocks.items())
+
+
 KILLED = """
 import dataclasses, json, sys
 from pathlib import Path

@@ -22,7 +22,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module", params=["fp8", "mxfp4"])
 def base(request, tmp_path_factory):
-    """A model of every kind of layer with MTP blocks, all matrices packed."""
+    """A model of every kind of layer, all matrices packed."""
     folder = tmp_path_factory.mktemp("model")
     write_hub(folder / "hub", tiny_config(vocab_size=8192, num_hidden_layers=2, hybrid_layer_pattern=[0, 1],
                                           moe_layer_freq=[0, 1], hidden_size=64))
@@ -88,15 +88,6 @@ def test_resumed(base, run, tmp_path):
     shutil.rmtree(folder / f"checkpoints/{STEPS}")
     train(settings(base, folder), resume=True, progress=False)
     assert losses(folder) == losses(run)
-
-
-def test_blocks_of_the_base_can_be_left_out(base, run, tmp_path):
-    """Of its MTP blocks a run computes none if it says so, and all otherwise."""
-    train(settings(base, tmp_path / "run", steps=1, config={"num_nextn_predict_layers": 0}), progress=False)
-    without, with_all = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-                         for folder in (tmp_path / "run", run))
-    assert "mtp_0" in with_all and "mtp_0" not in without and without["loss"] == pytest.approx(with_all["loss"])
-    assert jaxllm.load(tmp_path / "run").logits(TOKENS).shape == (*TOKENS.shape, 8192)
 
 
 def test_another_base(base, run, tmp_path):
