@@ -19,7 +19,7 @@ from jaxllm.info import device_bytes  # noqa: E402
 
 NANO = Path(__file__).parent.parent / "configs" / "mimo-nano"
 MESH = "data=2,expert=2,tensor=2"
-PROMPTS = ("上海是", "The menu", "メニューの", "문서를 저장", "Le menu", "Der Drucker", "El menú")
+PROMPTS = ("要保存文档,", "The menu", "メニューの", "문서를 저장", "Le menu", "Der Drucker", "El menú")
 NEW_TOKENS = 48
 
 
