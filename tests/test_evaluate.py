@@ -157,10 +157,10 @@ def test_what_cannot_be_compared(nano, files, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory, nano: Model) -> Path:
-    """Four held-out pages of like length, so that there is little to compile, in each language."""
+    """Two held-out pages of like length, so that there is little to compile, in each language."""
     file = tmp_path_factory.mktemp("heldout") / "sample.jsonl"
     for heldout in sorted(HELDOUT.glob("*.xz")):
-        texts = [text for text in read_documents(heldout) if 64 < len(nano.tokenizer.encode(text)) <= 128][:4]
+        texts = [text for text in read_documents(heldout) if 64 < len(nano.tokenizer.encode(text)) <= 128][:2]
         with open(file, "a") as lines:
             lines.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     return file
