@@ -19,6 +19,8 @@ from jaxllm.generate.load import abstract_model, as_stored, flat, join
 from jaxllm.lora import abstract_adapters, adapt, init_adapters
 from jaxllm.model import Transformer
 from jaxllm.paths import parameter_path, parameters
+from jaxllm.quant import Packed
+from jaxllm.train.heads import kept_once, repeated
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.run import Run
 
@@ -84,11 +86,12 @@ class Plan:
             value = values[parameter_path(path)]
             if parameter_path(path) in trained:
                 value = value.astype(computed.dtype)      # of a float32 master
-            return gathered(value, computed.sharding.spec)
+            return gathered(value if isinstance(value, Packed) else repeated(value, computed), computed.sharding.spec)
         model = jax.tree_util.tree_map_with_path(leaf, self.computed)
         if not self.run.lora:
             return model
-        adapters = {path: gathered(trained[path], leaf.sharding.spec) for path, leaf in self.adapters.items()}
+        adapters = {path: gathered(repeated(trained[path], leaf), leaf.sharding.spec)
+                    for path, leaf in self.adapters.items()}
         return adapt(model, adapters, self.run.lora["lora_alpha"] / self.run.lora["r"])
 
     def _state(self, values: Arrays) -> TrainState:
@@ -118,17 +121,12 @@ def _drawn(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array, std: float) ->
 
 
 def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_mtp: int) -> Plan:
-    """ValueError if the run would train what it cannot: packed parameters, kv heads that the mesh repeats, adapters of
-    what has none."""
+    """ValueError if the run would train what it cannot: packed parameters, adapters of what has none."""
     computed = abstract_model(config, mesh, jnp.dtype(run.dtype), num_mtp)
-    tensor, repeated = mesh.shape["tensor"], min(layer.num_kv_heads for layer in config.layers)
-    if tensor > repeated:
-        raise ValueError(f"mesh axis tensor = {tensor} repeats kv heads, of which some layer has {repeated}; to train, "
-                         f"choose tensor <= {repeated} and more of data or expert")
-    adapters = {}
+    once, adapters, kept_adapters = kept_once(computed, config, num_mtp), {}, {}
     if run.lora:
         ranks = dict.fromkeys(targets(config, run.lora["target_modules"]), run.lora["r"])
-        adapters = abstract_adapters(computed, ranks, jnp.dtype("float32"))
+        adapters, kept_adapters = (abstract_adapters(model, ranks, jnp.dtype("float32")) for model in (computed, once))
     paths = [path for path in parameters(computed) if not path.endswith(BIAS)]
     chosen = adapters or [path for path in paths if any(fnmatchcase(path, pattern) for pattern in run.train)]
     trained = frozenset(chosen)
@@ -144,6 +142,8 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
     def held(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         if path in trained:
             return stored(leaf.update(dtype=np.promote_types(leaf.dtype, master)))
+        if f"{path}.codes" in params:      # packed heads lie repeated, as where the model is only used
+            leaf = parameters(computed)[path]
         return as_stored(path, stored(leaf), params)
-    leaves = {path: held(path, leaf) for path, leaf in (parameters(computed) | adapters).items()}
+    leaves = {path: held(path, leaf) for path, leaf in (parameters(once) | kept_adapters).items()}
     return Plan(run, config, mesh, computed, leaves, trained, adapters)

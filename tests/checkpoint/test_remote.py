@@ -172,7 +172,7 @@ def test_waits_are_what_the_hub_asks_for_or_ever_longer(hub, work, monkeypatch):
 def test_what_is_not_wanted_any_more_is_not_fetched_to_its_end(hub, work, monkeypatch, fault):
     """As after Ctrl-C: neither a wait for a busy hub nor a slow shard holds up the end."""
     shards = HubShards(REPO, None, work)
-    monkeypatch.setattr(transfer, "FIRST_WAIT", 500.0)
+    monkeypatch.setattr(transfer, "FIRST_WAIT", transfer.LONGEST_WAIT / 2)      # longer than that is not waited
     hub.break_down(FIRST, fault)
     hub.pace, before = 0.5, len(hub.requests)
     with ThreadPoolExecutor(1) as thread:
