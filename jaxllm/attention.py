@@ -6,7 +6,6 @@ can be visited block by block and no T x S matrix of a long context ever exists.
 """
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +17,34 @@ from jaxllm.cache import LayerCache, previous, slot_positions, write
 from jaxllm.config import LayerSpec
 from jaxllm.linear import einsum, param
 from jaxllm.rope import apply_rope
+from jaxllm.self_attention import NO_PEAK, attend_self
 
 KEY_BLOCK = 1024        # keys per visit where there are more: bounds the scores to B*N*T*1024 float32
 QUERY_BLOCK = 128       # queries per visit in a sliding layer: each block sees its own keys and window - 1 before them
 LARGE = 2**16           # scores of a head, T * S, from which on a CPU does one row of the batch after the other
-NO_PEAK = -1e30         # a finite floor for the maximum: where nothing is seen the output is zero, not NaN
 
 
 def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
-           window: int | None, sink_N: jax.Array | None, begin_BT: jax.Array | None = None) -> jax.Array:
+           window: int | None, sink_N: jax.Array | None) -> jax.Array:
     """Attention output [B, T, N, V] in q's dtype.
 
-    A query at position p sees the keys at positions p - window + 1 .. p, or 0 .. p if `window` is None, and of these
-    none before begin_BT; a negative key position means an empty slot. Query head n reads kv head n // (N/K); keys are
-    not repeated.
+    A query at position p sees the keys at positions p - window + 1 .. p, or 0 .. p if `window` is None; a negative key
+    position means an empty slot. Query head n reads kv head n // (N/K); keys are not repeated.
     """
-    inputs = window, q_BTNH, k_BKHS, v_BKSV, sink_N, (q_pos_BT, k_pos_BS, begin_BT)
-    is_large = q_BTNH.shape[1] * v_BKSV.shape[2] >= LARGE and q_BTNH.shape[0] > count_places(q_BTNH)
-    return attend_in_turn(*inputs) if is_large else attend_rows(*inputs)
+    rows = q_BTNH, k_BKHS, v_BKSV, q_pos_BT, k_pos_BS
+    at_once = partial(attend_rows, window=window, sink_N=sink_N)
+    if q_BTNH.shape[1] * v_BKSV.shape[2] < LARGE or q_BTNH.shape[0] == count_places(q_BTNH):
+        return at_once(*rows)
+
+    def in_turn(*rows: jax.Array) -> jax.Array:
+        """One row of each device after the other, so that scores and what becomes of them stay in a CPU's cache."""
+        return join(jax.lax.map(lambda row: at_once(*row), tuple(map(partial(cut, q_BTNH), rows))))
+    return jax.lax.platform_dependent(*rows, cpu=in_turn, default=at_once)
 
 
-Places = tuple[jax.Array, jax.Array, jax.Array | None]      # q_pos_BT, k_pos_BS, begin_BT
-
-
-def attend_rows(window: int | None, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, sink_N: jax.Array | None,
-                places: Places) -> jax.Array:
+def attend_rows(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, q_pos_BT: jax.Array, k_pos_BS: jax.Array,
+                window: int | None, sink_N: jax.Array | None) -> jax.Array:
     """`attend`, all rows of the batch at once."""
-    q_pos_BT, k_pos_BS, begin_BT = places
     B, T, N, H = q_BTNH.shape
     K, S, V = v_BKSV.shape[1:]
     batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
@@ -67,13 +67,11 @@ def attend_rows(window: int | None, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV
         seen_BTS = (behind_BTS >= 0) & (k_pos >= 0)[:, None, :]
         if window is not None:
             seen_BTS &= behind_BTS < window
-        if begin_BT is not None:
-            seen_BTS &= k_pos[:, None, :] >= begin_BT[:, :, None]
         if size < S:    # the last block is moved back to fit; what it has in common with the one before counts once
             seen_BTS &= (start + jnp.arange(size, dtype=jnp.int32) >= first)[None, None, :]
         scores = einsum("bkgth,bkhs->bkgts", q_BKGTH, k) * (1 / math.sqrt(H))
         scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-        new_peak = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(-1)))      # the softmax does not depend on it
+        new_peak = jnp.maximum(peak, scores.max(-1))
         weights = jnp.exp(scores - new_peak[..., None])
         keep = jnp.exp(peak - new_peak)
         values = einsum("bkgts,bksv->bkgtv", weights.astype(v.dtype), v)
@@ -87,52 +85,11 @@ def attend_rows(window: int | None, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV
         if window is None and T < S:      # slots of a cache, not all of them in use
             num = jnp.minimum(jnp.max(q_pos_BT) // KEY_BLOCK + 1, num)
         out = jnp.zeros_like(peak, shape=(*peak.shape, V), out_sharding=P(batch, heads, None, None, None))
-        block = jax.checkpoint(lambda i, state: visit(i * KEY_BLOCK, KEY_BLOCK, state))
-        _, total, out = jax.lax.fori_loop(0, num, block, (peak, total, out))
+        _, total, out = jax.lax.fori_loop(0, num, lambda i, state: visit(i * KEY_BLOCK, KEY_BLOCK, state),
+                                          (peak, total, out))
     out_BKGTV = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jax.lax.reshape(out_BKGTV.transpose(0, 3, 1, 2, 4), (B, T, N, V),
                            out_sharding=P(batch, None, heads, None)).astype(q_BTNH.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_in_turn(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None,
-                   places: Places) -> jax.Array:
-    """`attend_rows`, with nothing kept for the gradient: scores are made again. A CPU does one row of each device after
-    the other, so that scores and what becomes of them stay in its cache."""
-    at_once = partial(attend_rows, window)
-
-    def in_turn(q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places) -> jax.Array:
-        def row(x: Any) -> jax.Array:
-            q, k, v, places = x
-            return at_once(q, k, v, sink_N, places)
-        return join(jax.lax.map(row, jax.tree.map(partial(cut, q), (q, k, v, places))))
-    return jax.lax.platform_dependent(q, k, v, sink_N, places, cpu=in_turn, default=at_once)
-
-
-def _forward(window: int | None, *inputs: Any) -> tuple[jax.Array, Any]:
-    return attend_in_turn(window, *inputs), inputs
-
-
-def _backward(window: int | None, inputs: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    def at_once(d_out: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places
-                ) -> tuple[Any, ...]:
-        return jax.vjp(lambda q, k, v, sink_N: attend_rows(window, q, k, v, sink_N, places), q, k, v, sink_N)[1](d_out)
-
-    def in_turn(d_out: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sink_N: jax.Array | None, places: Places
-                ) -> tuple[Any, ...]:
-        def row(d_sink_N: jax.Array | None, x: Any) -> tuple[jax.Array | None, Any]:
-            d_out, q, k, v, places = x
-            *d_x, d = at_once(d_out, q, k, v, sink_N, places)
-            return None if d_sink_N is None else d_sink_N + d, d_x
-        start = None if sink_N is None else jnp.zeros_like(sink_N)
-        d_sink_N, d_x = jax.lax.scan(row, start, jax.tree.map(partial(cut, q), (d_out, q, k, v, places)))
-        return *map(join, d_x), d_sink_N
-
-    found = jax.lax.platform_dependent(d_out, *inputs, cpu=in_turn, default=at_once)
-    return *found, jax.tree.map(lambda _: None, inputs[-1])
-
-
-attend_in_turn.defvjp(_forward, _backward)
 
 
 def count_places(x_B: jax.Array) -> int:
@@ -157,7 +114,7 @@ def join(x: jax.Array) -> jax.Array:
 
 
 def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, start_B: jax.Array, window: int,
-                   sink_N: jax.Array | None, begin_BT: jax.Array | None = None) -> jax.Array:
+                   sink_N: jax.Array | None) -> jax.Array:
     """As `attend`, for T queries at positions start_B + (0..T-1) and the window - 1 + T keys that end with theirs.
 
     Queries go in blocks, each with only the keys that its window can reach: work grows with T * window, not T * T.
@@ -169,19 +126,16 @@ def attend_sliding(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSV: jax.Array, star
     if T <= block:
         q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         k_pos = first_pos_B[:, None] + jnp.arange(T + reach, dtype=jnp.int32)[None]
-        return attend(q_BTNH, k_BKHS, v_BKSV, q_pos, k_pos, window, sink_N, begin_BT)
+        return attend(q_BTNH, k_BKHS, v_BKSV, q_pos, k_pos, window, sink_N)
     num = -(-T // block)
     pad = num * block - T
-    if begin_BT is not None:
-        begin_BT = jnp.pad(begin_BT, ((0, 0), (0, pad)))
     q_BTNH, k_BKHS, v_BKSV = (jnp.pad(x, [(0, pad if dim == at else 0) for dim in range(4)])
                               for x, at in ((q_BTNH, 1), (k_BKHS, 3), (v_BKSV, 2)))
 
     def one(i: jax.Array) -> jax.Array:
         q, k, v = (jax.lax.dynamic_slice_in_dim(x, i * block, size, dim) for x, size, dim in (
             (q_BTNH, block, 1), (k_BKHS, block + reach, 3), (v_BKSV, block + reach, 2)))
-        begin = None if begin_BT is None else jax.lax.dynamic_slice_in_dim(begin_BT, i * block, block, 1)
-        return attend_sliding(q, k, v, start_B + i * block, window, sink_N, begin)
+        return attend_sliding(q, k, v, start_B + i * block, window, sink_N)
 
     out = jax.lax.map(one, jnp.arange(num, dtype=jnp.int32))       # [num, B, block, N, V]
     batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
@@ -228,21 +182,16 @@ def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start
 
     They stand at positions start_B + (0..T-1), those at or past end_B being padding; without a cache start_B is 0.
     """
-    T = q_BTNH.shape[1]
-    new = None if cache is None else write(cache, k_BTKH, v_BTKV, start_B, end_B)
-    q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    if new is not None:
-        slots = new.num_slots
-        if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
-            k_pos = slot_positions(end_B, slots)                            # all that can be seen is in the slots
-            return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
-    k, v = k_BTKH.transpose(0, 2, 3, 1), v_BTKV.transpose(0, 2, 1, 3)
-    if window is None:
-        return attend(q_BTNH, k, v, q_pos, q_pos, None, sink_N, begin_BT), new
     if cache is None:
-        k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (window - 1, 0)))
-        v = jnp.pad(v, ((0, 0), (0, 0), (window - 1, 0), (0, 0)))
-    else:
-        old = previous(cache, start_B, window - 1)
-        k, v = jnp.concatenate([old.k_BKHS, k], 3), jnp.concatenate([old.v_BKSV, v], 2)
-    return attend_sliding(q_BTNH, k, v, start_B, window, sink_N, begin_BT), new
+        return attend_self(q_BTNH, k_BTKH, v_BTKV, window, sink_N, begin_BT), None
+    T, slots = q_BTNH.shape[1], cache.num_slots
+    new = write(cache, k_BTKH, v_BTKV, start_B, end_B)
+    if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
+        q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        k_pos = slot_positions(end_B, slots)                            # all that can be seen is in the slots
+        return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
+    assert window is not None
+    old = previous(cache, start_B, window - 1)
+    k = jnp.concatenate([old.k_BKHS, k_BTKH.transpose(0, 2, 3, 1)], 3)
+    v = jnp.concatenate([old.v_BKSV, v_BTKV.transpose(0, 2, 1, 3)], 2)
+    return attend_sliding(q_BTNH, k, v, start_B, window, sink_N), new

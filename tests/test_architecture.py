@@ -16,8 +16,9 @@ MAX_LINES = 300
 # "" is the package's own __init__: the public names, which only the command line takes from there.
 ROWS = [
     {"__main__"}, {"cli", "info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"}, {"lora"},
-    {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"}, {"cache", "rope", "norm", "experts"},
-    {"linear", "gathered"}, {"axes", "quant"}, {"paths", "config", "config_check", "config_hub", "codec", "encode"},
+    {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"},
+    {"self_attention", "cache", "rope", "norm", "experts"}, {"linear", "gathered"}, {"axes", "quant"},
+    {"paths", "config", "config_check", "config_hub", "codec", "encode"},
 ]
 NEVER = {"torch", "transformers", "safetensors"}        # only tests and tools may lean on them
 DISTRIBUTIONS = {"orbax-checkpoint": "orbax"}           # where the import has another name than the distribution

@@ -1,4 +1,6 @@
 """Attention against float64 numpy (oracle.py): every key at once there, blocks, rings and chunks here."""
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,33 +134,20 @@ def test_attend_cached(window, in_flight, dtype):
         start_B = start_B + count_B
 
 
-
-
 @pytest.mark.parametrize("mesh", [None, "data=2,expert=2,tensor=2"])
-@pytest.mark.parametrize("has_sink", [False, True])
-def test_row_after_row_is_all_at_once(mesh, has_sink, monkeypatch):
-    """Values and gradients, of rows with documents of their own: float32 sums of other orders, of values to 4."""
+def test_row_after_row_is_all_at_once(mesh, monkeypatch):
+    """float32 sums of other orders, of values to 4."""
     monkeypatch.setattr(attention, "LARGE", 1)
     B, T, N, K, H, V = 4, 12, 4, 2, 6, 5
     rng = np.random.default_rng(0)
-    shapes = ((B, T, N, H), (B, K, H, T), (B, K, T, V), (N,))
+    q, k, v, sink = attention_case(rng, "float32", B, T, T, N, K, H, V, True)
+    position = np.tile(np.arange(T, dtype=np.int32), (B, 1)) + np.arange(B, dtype=np.int32)[:, None]
     names = (("batch", None, "heads", None), ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None),
-             ("heads",))
-    position = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    begin = np.where(position < np.array([[0], [3], [7], [12]]), 0, np.array([[0], [3], [7], [12]])).astype(np.int32)
+             ("batch", None), ("batch", None), ("heads",))
     with jax.set_mesh(jaxllm.make_mesh(mesh)):
-        q, k, v, sink = (jax.device_put(rng.standard_normal(shape, np.float32), spec(*name))
-                         for shape, name in zip(shapes, names, strict=True))
-        places = tuple(jax.device_put(x, spec("batch", None)) for x in (position, position, begin))
-        weight = jax.device_put(rng.standard_normal((B, T, N, V), np.float32), spec("batch", None, "heads", None))
-
-        def value_and_gradients(function):
-            def loss(q, k, v, sink):
-                return (function(None, q, k, v, sink if has_sink else None, places) * weight).sum()
-            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, sink)
-        ours = value_and_gradients(lambda window, q, k, v, sink, places: attention.attend(
-            q, k, v, places[0], places[1], window, sink, places[2]))
-        expected = value_and_gradients(attention.attend_rows)
-        text = str(jax.make_jaxpr(lambda q: attention.attend(q, k, v, *places[:2], None, None, places[2]))(q))
-    assert "attend_in_turn" in text
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), ours, expected)
+        *rows, sink = (jax.device_put(x, spec(*name)) for x, name in
+                       zip((q, *as_stored(k, v), position, position, sink), names, strict=True))
+        in_turn, at_once = (jax.jit(partial(function, window=7, sink_N=sink))
+                            for function in (attend, attention.attend_rows))
+        assert "while" in in_turn.lower(*rows).as_text() and "while" not in at_once.lower(*rows).as_text()
+        np.testing.assert_allclose(in_turn(*rows), at_once(*rows), rtol=0, atol=2e-5)

@@ -2,14 +2,14 @@
 
     python tools/bench_train.py [--model configs/mimo-nano] [--rounds 3] [--python OTHER_VENV/bin/python]
 
-float32, one device with the machine's cores, the same rows of random tokens: forward, backward, clipping and AdamW, in
-tokens/s; no MTP and no balance loss, which the others do not have. Programs:
+float32, one device with the machine's cores, the same rows of random tokens, 4096 a step in rows of several lengths:
+forward, backward, clipping and AdamW, in tokens/s; no MTP and no balance loss, which the others do not have. Programs:
 
 jaxllm        the step of `jaxllm train`
 dense         the same, but every expert computes every token, and those not chosen have weight zero
 transformers  MiMoV2FlashForCausalLM and torch.optim.AdamW, where they are installed; tools/oracles.py
 
-Machines drift, so the programs take turns, each in a process of its own, and the table has medians over the rounds.
+Machines drift, so the programs take turns, each in a process of its own, and each table has medians over the rounds.
 What XLA compiles after the first step is counted; it should be nothing.
 """
 import argparse
@@ -134,15 +134,16 @@ def time_transformers(folder: Path, B: int, T: int, steps: int) -> Row:
 
 
 def time_program(program: str, args: argparse.Namespace) -> Row:
-    shape = args.model, args.batch, args.tokens, args.steps
+    (T,) = args.tokens
+    shape = args.model, args.step_tokens // T, T, args.steps
     return time_transformers(*shape) if program == "transformers" else time_jax(*shape, is_dense=program == "dense")
 
 
-def measure(program: str, args: argparse.Namespace) -> Row:
+def measure(program: str, T: int, args: argparse.Namespace) -> Row:
     """The row of a program, timed by a process of its own."""
     python = args.python if program == "transformers" else sys.executable
-    command = [python, __file__, "--program", program, "--model", args.model, "--batch", args.batch,
-               "--tokens", args.tokens, "--steps", args.steps]
+    command = [python, __file__, "--program", program, "--model", args.model, "--tokens", T,
+               "--step-tokens", args.step_tokens, "--steps", args.steps]
     run = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))} failed")
@@ -162,8 +163,8 @@ def table(rows: dict[str, list[Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=NANO, help="hub folder with one model.safetensors")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--tokens", type=int, default=512, help="of a row")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048], help="lengths of rows")
+    parser.add_argument("--step-tokens", type=int, default=4096, help="of all rows of a step together")
     parser.add_argument("--steps", type=int, default=5, help="that are timed, in each turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each program")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment transformers is in")
@@ -172,18 +173,24 @@ def main() -> None:
     if args.program:
         print(json.dumps(time_program(args.program, args)))
         return
+    for T in args.tokens:
+        rows = rounds(T, args)
+        shape = f"{args.step_tokens // T} rows of {T} tokens"
+        print(f"\n{args.model}, float32, {shape}, {os.cpu_count()} cores\n\n{table(rows)}", flush=True)
+
+
+def rounds(T: int, args: argparse.Namespace) -> dict[str, list[Row]]:
+    """Of each program that is installed, a row for each round."""
     rows: dict[str, list[Row]] = {program: [] for program in PROGRAMS}
-    for number in range(args.rounds):
+    for _ in range(args.rounds):
         for program in list(rows):
-            row = measure(program, args)
+            row = measure(program, T, args)
             if "absent" in row:
                 print(f"{program} is not installed here: {row['absent']}")
                 del rows[program]
             else:
                 rows[program].append(row)
-        print(f"round {number + 1} of {args.rounds} done", flush=True)
-    shape = f"{args.batch} rows of {args.tokens} tokens"
-    print(f"\n{args.model}, float32, {shape}, {os.cpu_count()} cores\n\n{table(rows)}")
+    return rows
 
 
 if __name__ == "__main__":
