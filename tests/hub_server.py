@@ -48,6 +48,7 @@ class Hub:
         self.token: str | None = None       # who does not send it gets 401
         self.plain: set[str] = set()        # shards that are kept in git itself
         self.pace = 0.0
+        self.answering: set[int] = set()     # threads that are sending
         self.served: Counter[str] = Counter()       # file -> bytes of it that were sent
         self.requests: list[tuple[str, str]] = []   # (file, its Range)
         self.leaked: list[str] = []                 # tokens that were sent to the second host
@@ -127,11 +128,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
         sent = len(body) if sent is None else sent
-        for start in range(0, sent, 2**16):
-            piece = body[start:min(start + 2**16, sent)]
-            self.wfile.write(piece)
-            self.hub.served[name] += len(piece)
-            time.sleep(self.hub.pace)
+        self.hub.answering.add(threading.get_ident())
+        try:
+            for start in range(0, sent, 2**16):
+                piece = body[start:min(start + 2**16, sent)]
+                self.hub.served[name] += len(piece)      # before it arrives, so that who has it all finds it counted
+                self.wfile.write(piece)
+                time.sleep(self.hub.pace)
+        finally:
+            self.hub.answering.discard(threading.get_ident())
         self.close_connection = sent < len(body)
 
     def handle(self) -> None:
