@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.axes import spec
+from jaxllm.axes import attention_rows, spec
 from jaxllm.cache import LayerCache, previous, slot_positions, write
 from jaxllm.config import LayerSpec
+from jaxllm.kernels.cache_write import MAX_TOKENS, write_cache
+from jaxllm.kernels.decode_attention import decode_attention
 from jaxllm.linear import einsum, param
 from jaxllm.rope import apply_rope
 from jaxllm.self_attention import NO_PEAK, attend_self
@@ -163,14 +165,17 @@ class Attention(nnx.Module):
 
         begin_BT, without a cache only: the place in the row before which a token sees nothing.
         """
-        dtype = x_BTD.dtype
-        x_BTd, heads = jax.reshard(x_BTD, spec("batch", None, "attention_embed")), spec("batch", None, "heads", None)
+        dtype, rows = x_BTD.dtype, attention_rows(x_BTD.shape[0])
+        x_BTd, heads = jax.reshard(x_BTD, spec("batch", None, "attention_embed")), spec(rows, None, "heads", None)
+        rope, start_B, end_B, begin_BT = jax.tree.map(
+            lambda x: jax.reshard(x, spec(rows, *[None] * (x.ndim - 1))), (rope, start_B, end_B, begin_BT))
         q = apply_rope(einsum("btd,dnh->btnh", x_BTd, self.q_DNH[...], heads).astype(dtype), *rope)
         k = apply_rope(einsum("btd,dkh->btkh", x_BTd, self.k_DKH[...], heads).astype(dtype), *rope)
         v = einsum("btd,dkv->btkv", x_BTd, self.v_DKV[...], heads).astype(dtype)
         v *= jnp.asarray(self.value_scale, dtype)
         sink = None if self.sink_N is None else self.sink_N[...]
         out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink, begin_BT)
+        out = jax.reshard(out, spec("batch", None, "heads", None))
         out_BTd = einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, "attention_embed")).astype(dtype)
         return jax.reshard(out_BTd, spec("batch", None, None)), cache
 
@@ -185,13 +190,36 @@ def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start
     if cache is None:
         return attend_self(q_BTNH, k_BTKH, v_BTKV, window, sink_N, begin_BT), None
     T, slots = q_BTNH.shape[1], cache.num_slots
-    new = write(cache, k_BTKH, v_BTKV, start_B, end_B)
     if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
-        q_pos = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-        k_pos = slot_positions(end_B, slots)                            # all that can be seen is in the slots
-        return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
+        inputs = q_BTNH, k_BTKH, v_BTKV, start_B, end_B, cache, sink_N  # all that can be seen is in the slots
+        kernels = {"tpu": partial(attend_slots_by_kernel, window)} if T <= MAX_TOKENS else {}
+        return jax.lax.platform_dependent(*inputs, default=partial(attend_slots, window), **kernels)
+    new = write(cache, k_BTKH, v_BTKV, start_B, end_B)
     assert window is not None
     old = previous(cache, start_B, window - 1)
     k = jnp.concatenate([old.k_BKHS, k_BTKH.transpose(0, 2, 3, 1)], 3)
     v = jnp.concatenate([old.v_BKSV, v_BTKV.transpose(0, 2, 1, 3)], 2)
     return attend_sliding(q_BTNH, k, v, start_B, window, sink_N), new
+
+
+def attend_slots(window: int | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array,
+                 end_B: jax.Array, cache: LayerCache, sink_N: jax.Array | None) -> tuple[jax.Array, LayerCache]:
+    """`attend_cached` where the slots hold all that the new tokens see, themselves included."""
+    new = write(cache, k_BTKH, v_BTKV, start_B, end_B)
+    q_pos = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, :]
+    k_pos = slot_positions(end_B, cache.num_slots)
+    return attend(q_BTNH, new.k_BKHS, new.v_BKSV, q_pos, k_pos, window, sink_N), new
+
+
+def attend_slots_by_kernel(window: int | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array,
+                           start_B: jax.Array, end_B: jax.Array, cache: LayerCache, sink_N: jax.Array | None,
+                           interpret: bool = False) -> tuple[jax.Array, LayerCache]:
+    """The same by Pallas kernels, for a few new tokens: the cache is written in place and read once."""
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, start_b: jax.Array, end_b: jax.Array, cache: LayerCache,
+              sink_n: jax.Array | None) -> tuple[jax.Array, LayerCache]:
+        new = LayerCache(*write_cache(cache.k_BKHS, cache.v_BKSV, k, v, start_b, end_b, interpret=interpret))
+        out = decode_attention(q, new.k_BKHS, new.v_BKSV, start_b, end_b, window, sink_n, interpret=interpret)
+        return out, new
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (q_BTNH, cache))
+    return jax.shard_map(local, out_specs=specs, check_vma=not interpret)(
+        q_BTNH, k_BTKH, v_BTKV, start_B, end_B, cache, sink_N)

@@ -8,12 +8,14 @@ W vocabulary, L layers. "axis" is a mesh axis, "dim" an array dimension.
 The mesh always has the three axes `data` (batch), `expert` (experts) and `tensor` (heads and hidden dims). The
 vocabulary and the dense hidden dim are large and belong to no head and no expert, so they use both of the latter.
 Attention has no experts, and a router neither heads nor experts of its own: along what is left of the two, they are
-split by D, and the partial products are added.
+split by D, and the partial products are added. What attention computes, and its cache, is split by rows along `expert`
+too, where their number divides.
 """
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "expert", "tensor")
@@ -21,6 +23,7 @@ MESH_AXES = ("data", "expert", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     "batch": "data",
+    "attention_batch": ("data", "expert"),
     "vocab": ("expert", "tensor"),
     "embed": None,
     "attention_embed": "expert",
@@ -37,6 +40,12 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def spec(*names: str | None) -> PartitionSpec:
     """The PartitionSpec of an array whose dims have these logical names (None: not split)."""
     return PartitionSpec(*(RULES[name] for name in names))
+
+
+def attention_rows(num: int) -> str:
+    """The logical name of attention's batch dim, for so many rows on the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "batch" if num % (mesh.shape["data"] * mesh.shape["expert"]) else "attention_batch"
 
 
 def parse_mesh(text: str | Mapping[str, int] | None) -> dict[str, int]:
@@ -80,8 +89,9 @@ def make_mesh(mesh: str | Mapping[str, int] | None = None, devices: Sequence[jax
     if num < len(devices) and jax.process_count() > 1:
         raise ValueError(f"the mesh has {num} devices, but this job's {jax.process_count()} processes have "
                          f"{len(devices)}: every process must take part, so their product must be {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 3,
-                         devices=devices[:num])
+    # A torus of 4 x 4 has no axis of 8: one that there is may be split between two axes of ours.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:num], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def make_abstract_mesh(mesh: str | Mapping[str, int] | None = None) -> AbstractMesh:

@@ -1,7 +1,8 @@
 """Keys and values of the tokens so far: a growing array in full layers, a ring of fixed size in sliding ones.
 
-Token at position p lies in slot p mod S. A full layer's S is the stated length, so nothing wraps. A sliding layer's S
-is `window + in_flight - 1`: the window of the oldest token in flight and the tokens after it, whatever the context.
+Token at position p lies in slot p mod S. A full layer's S is at least the stated length, so nothing wraps. A sliding
+layer's S is at least `window + in_flight - 1`: the window of the oldest token in flight and the tokens after it,
+whatever the context.
 Which position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken
 back (a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every
 window. K is stored at its width H and V at its own, V.
@@ -11,8 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.axes import spec
+from jaxllm.axes import attention_rows, spec
 from jaxllm.config import Config, LayerSpec
+
+TILE = 128      # slots of a TPU's tile: of arrays that are not made of these XLA copies all before a kernel reads them
 
 
 @jax.tree_util.register_dataclass
@@ -36,13 +39,15 @@ class Cache:
 
 
 def num_slots(layer: LayerSpec, max_len: int, in_flight: int = 1) -> int:
-    """S of one layer for rows of up to `max_len` tokens, of which up to `in_flight` are written by one decode step."""
-    return max_len if layer.window is None else min(max_len, layer.window + in_flight - 1)
+    """S of one layer for rows of up to `max_len` tokens, of which a decode step writes up to `in_flight`; from TILE on
+    whole tiles."""
+    least = max_len if layer.window is None else min(max_len, layer.window + in_flight - 1)
+    return least if least < TILE else -(-least // TILE) * TILE
 
 
 def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flight: int = 1, tensor: int = 1) -> int:
-    """Bytes of all layers' slots, in closed form: of one copy, split over `data` and `tensor`, while the devices along
-    `expert` each hold one. kv heads are repeated up to the tensor degree."""
+    """Bytes of all layers' slots, in closed form: of one copy, split over `data`, `tensor`, and where the batch divides
+    `expert`, along which the devices else hold one each. kv heads are repeated up to the tensor degree."""
     return sum(batch * max(layer.num_kv_heads, tensor) * num_slots(layer, max_len, in_flight)
                * (layer.head_dim + layer.v_head_dim) * itemsize for layer in config.layers)
 
@@ -50,8 +55,9 @@ def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flig
 def empty_layer(layer: LayerSpec, batch: int, max_len: int, in_flight: int, dtype: jnp.dtype) -> LayerCache:
     """An empty LayerCache, on the mesh in context. `layer.num_kv_heads` counts repeated heads too."""
     B, K, S = batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight)
-    return LayerCache(jnp.zeros((B, K, layer.head_dim, S), dtype, out_sharding=spec("batch", "kv_heads", None, None)),
-                      jnp.zeros((B, K, S, layer.v_head_dim), dtype, out_sharding=spec("batch", "kv_heads", None, None)))
+    sharding = spec(attention_rows(B), "kv_heads", None, None)
+    return LayerCache(jnp.zeros((B, K, layer.head_dim, S), dtype, out_sharding=sharding),
+                      jnp.zeros((B, K, S, layer.v_head_dim), dtype, out_sharding=sharding))
 
 
 def slot_positions(length_B: jax.Array, num: int) -> jax.Array:

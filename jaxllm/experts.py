@@ -7,15 +7,18 @@ they are decoded or widened as they are used, one expert at a time.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.kernels.grouped_matmul import grouped_matmul
 from jaxllm.linear import einsum, matmul
 from jaxllm.quant import Packed, Weight, take
 
 Experts = tuple[Weight, Weight, Weight]      # gate_eDI, up_eDI, down_eID
+TURN = 4096                                  # rows of a packed product on a TPU
 MANY_TOKENS = 64                             # from here on a GPU computes all experts at once (docs/log.md)
 
 
@@ -84,7 +87,10 @@ def apply_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, ex
         return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
                                           cpu=experts_by_block, cuda=experts_on_gpu, rocm=experts_on_gpu,
                                           default=experts_by_ragged_dot)
-    return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # the others want all experts decoded
+    if all(isinstance(w, Packed) for w in experts):
+        return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
+                                          tpu=experts_by_kernel, default=experts_by_block)
+    return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # ragged_dot wants all experts decoded
 
 
 def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight) -> jax.Array:
@@ -134,6 +140,33 @@ def experts_on_gpu(x_MD: jax.Array, *inputs: jax.Array) -> jax.Array:
     """XLA's grouped product is all experts for all R = M*A rows on a GPU, and costs as much once it is more than
     reading the weights."""
     return (experts_at_once if x_MD.shape[0] >= MANY_TOKENS else experts_by_ragged_dot)(x_MD, *inputs)
+
+
+def experts_by_kernel(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight,
+                      interpret: bool = False) -> jax.Array:
+    """By the TPU kernel for packed experts: their rows come first, and go in turns of at most TURN, so that memory is
+    that of the rows there are and not of the R that any imbalance could bring."""
+    (M, A), e = local_MA.shape, experts[0].shape[0]
+    order_R = jnp.argsort(local_MA.reshape(M * A))
+    count_e, turn = count_rows(local_MA, e), min(M * A, TURN)
+    row_R = jnp.pad(order_R, (0, -M * A % turn), constant_values=M * A)
+    end_e = jnp.cumsum(count_e)
+    product = partial(grouped_matmul, interpret=interpret)
+
+    def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
+        row_r = jax.lax.dynamic_slice_in_dim(row_R, n * turn, turn)
+        inside_e = jnp.clip(end_e - n * turn, 0, turn)
+        here_e = jnp.diff(inside_e, prepend=0)
+        x_rD = x_MD.at[row_r // A].get(mode="clip")
+        gate, up, down = experts
+        hidden = (jax.nn.silu(product(x_rD, gate, here_e)) * product(x_rD, up, here_e)).astype(x_MD.dtype)
+        y_rD = product(hidden, down, here_e) * weight_MA.reshape(M * A).at[row_r].get(mode="clip")[:, None]
+        return out_MD.at[row_r // A].add(y_rD, mode="drop")
+
+    start = jnp.zeros_like(x_MD, jnp.float32)
+    if turn == M * A:
+        return compute(jnp.int32(0), start)
+    return jax.lax.fori_loop(0, -(-end_e[-1] // turn), compute, start)
 
 
 def trained_part(weights: Sequence[Weight]) -> list[Any]:

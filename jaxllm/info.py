@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxllm.axes import make_abstract_mesh
-from jaxllm.cache import cache_bytes, num_slots
+from jaxllm.cache import TILE, cache_bytes, num_slots
 from jaxllm.checkpoint import Source, open_source
 from jaxllm.checkpoint.hub import INDEX
 from jaxllm.checkpoint.load import refuse_incomplete
@@ -49,7 +49,7 @@ def describe(path: str | os.PathLike[str], mesh: str | Mapping[str, int] | None 
     config = Config.from_hub(folder)
     abstract_mesh = make_abstract_mesh(mesh)
     dtype = jnp.dtype(config.dtype)
-    source = _held(folder)
+    source = held_source(folder)
     params = source.params if source else stated_params(config)
     forms = {path: as_stored(path, stored(leaf), params)
              for path, leaf in parameters(abstract_model(config, abstract_mesh, dtype)).items()}
@@ -63,7 +63,7 @@ def describe(path: str | os.PathLike[str], mesh: str | Mapping[str, int] | None 
         "layers": [*_layers(config), *_kinds_of_layers(config)],
         "mesh": [f"{axes}; cache and plain weights in {dtype}; routers, sinks and biases in float32"],
         "bytes": device_bytes(arrays),
-        "cache": _cache(config, dtype.itemsize, abstract_mesh.shape["tensor"], abstract_mesh.shape["data"]),
+        "cache": _cache(config, dtype.itemsize, abstract_mesh.shape),
     }
     return "\n".join(_section(label, lines) for label, lines in sections.items())
 
@@ -104,7 +104,7 @@ def _parameters(config: Config) -> list[str]:
     return lines
 
 
-def _held(folder: Path) -> Source | None:
+def held_source(folder: Path) -> Source | None:
     """What the folder holds beside its config.json. Errors: CheckpointError for weights that are not whole."""
     is_hub = any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
     return open_source(folder) if is_hub or is_store(folder) or is_run(folder) else None
@@ -157,15 +157,16 @@ def _kinds_of_layers(config: Config) -> list[str]:
     return [f"{kind:8}{lines[kind]}" for kind in ("full", "sliding", "dense", "moe") if kind in lines]
 
 
-def _cache(config: Config, itemsize: int, tensor: int, data: int) -> list[str]:
+def _cache(config: Config, itemsize: int, mesh: Mapping[str, int]) -> list[str]:
     """Bytes of one sequence's cache: so much for each token, and a part that does not grow."""
     windows = [layer.window for layer in config.layers if layer.window is not None]
-    long = max(windows, default=1)      # from here on only the full layers grow
+    long = TILE * -(-max(windows, default=1) // TILE)      # from here on only the full layers grow, by whole tiles
+    tensor, rows = mesh["tensor"], mesh["data"] * mesh["expert"]
 
     def size(tokens: int) -> int:
         return cache_bytes(config, 1, tokens, itemsize, tensor=tensor)
 
-    a_token = size(long + 1) - size(long)
+    a_token = (size(long + TILE) - size(long)) // TILE
     constant = size(long) - long * a_token
     whole = config.max_position_embeddings
     slots = {num_slots(layer, whole) for layer in config.layers if layer.window is not None}
@@ -173,6 +174,6 @@ def _cache(config: Config, itemsize: int, tensor: int, data: int) -> list[str]:
     if windows:
         lines.append(("each sequence", constant, f"{len(windows)} sliding layers of {max(slots)} slots"))
     lines.append((f"at {whole:,} tokens", size(whole), ""))
-    share = f"a device holds 1/{data} of the sequences" if data > 1 else ""
+    share = f"up to 1/{rows} of a batch" if rows > 1 else ""
     return [f"{'one sequence':22}{'in all':>22}{'each device':>22}  {share}".rstrip(),
             *(f"{name:22}{num:22,}{num // tensor:22,}  {note}".rstrip() for name, num, note in lines)]

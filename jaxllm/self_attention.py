@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxllm.axes import spec
 from jaxllm.linear import einsum
 
 ROWS = 512              # G * Q, rows of a product: from here on a CPU uses two cores for one
@@ -37,9 +37,10 @@ def attend_self(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, window:
         def vary(x: jax.Array) -> jax.Array:
             return jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying")
         return attend_local(window, *jax.tree.map(vary, (q, k, v, sink, begin_bT)))
+    sharding = jax.typeof(q_BTNH).sharding.spec
     if begin_BT is None:
-        begin_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32, out_sharding=spec("batch", None))
-    return jax.shard_map(local, out_specs=spec("batch", None, "heads", None))(q_BTNH, k_BTKH, v_BTKV, sink_N, begin_BT)
+        begin_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32, out_sharding=P(sharding[0], None))
+    return jax.shard_map(local, out_specs=sharding)(q_BTNH, k_BTKH, v_BTKV, sink_N, begin_BT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ MAX_LINES = 300
 # From the top down. A file imports from its own row and from those below, never from above, and never in a circle.
 # "" is the package's own __init__: the public names, which only the command line takes from there.
 ROWS = [
-    {"__main__"}, {"cli", "info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"}, {"lora"},
-    {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"},
-    {"self_attention", "cache", "rope", "norm", "experts"}, {"linear", "gathered"}, {"axes", "quant"},
+    {"__main__"}, {"cli"}, {"tpu"}, {"info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"},
+    {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"},
+    {"self_attention", "cache", "rope", "norm", "experts"}, {"linear", "gathered", "kernels"}, {"axes", "quant"},
     {"paths", "config", "config_check", "config_hub", "codec", "encode"},
 ]
 NEVER = {"torch", "transformers", "safetensors"}        # only tests and tools may lean on them

@@ -82,10 +82,11 @@ def truncate(model, cache, length_B):
     (None, "float32", 2, 4), ("tensor=4", "bfloat16", 4, 4), ("tensor=8", "float32", 8, 8),
     ("data=2,tensor=4", "float32", 4, 4)])
 def test_bytes(folder, mesh, dtype, full_heads, sliding_heads, max_len, in_flight):
-    """Counted from the arrays. One full layer of K 12 and V 8 wide, which grows; two sliding ones of 16 and 12."""
+    """Counted from the arrays. One full layer of K 12 and V 8 wide, which grows, from 128 on by whole tiles; two
+    sliding ones of 16 and 12."""
     config, mesh = jaxllm.Config.from_hub(folder), jaxllm.make_mesh(mesh)
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    full = full_heads * max_len * (12 + 8)
+    full = full_heads * {5: 5, 16: 16, 1000: 1024}[max_len] * (12 + 8)
     sliding = sliding_heads * min(max_len, WINDOW + in_flight - 1) * (16 + 12)
     expected = 4 * (full + 2 * sliding) * itemsize
     assert jaxllm.cache_bytes(config, 4, max_len, itemsize, in_flight, mesh.shape["tensor"]) == expected
@@ -98,12 +99,12 @@ def test_bytes(folder, mesh, dtype, full_heads, sliding_heads, max_len, in_fligh
 
 
 def test_rings_do_not_grow(folder):
-    """From max_len 100 to 100,000 only the full layer's bytes change; with no full layer, nothing does."""
+    """From max_len 100 to 100,096 only the full layer's bytes change; with no full layer, nothing does."""
     config = jaxllm.Config.from_hub(folder)
-    short, long = (jaxllm.cache_bytes(config, 1, max_len, 4) for max_len in (100, 100_000))
-    assert long - short == 2 * (100_000 - 100) * (12 + 8) * 4
+    short, long = (jaxllm.cache_bytes(config, 1, max_len, 4) for max_len in (100, 100_096))
+    assert long - short == 2 * (100_096 - 100) * (12 + 8) * 4
     sliding = dataclasses.replace(config, hybrid_layer_pattern=(1, 1, 1))
-    assert jaxllm.cache_bytes(sliding, 1, 100, 4) == jaxllm.cache_bytes(sliding, 1, 100_000, 4) == 3 * 4 * 7 * 28 * 4
+    assert jaxllm.cache_bytes(sliding, 1, 100, 4) == jaxllm.cache_bytes(sliding, 1, 100_096, 4) == 3 * 4 * 7 * 28 * 4
 
 
 # --- prefill and decode
@@ -148,7 +149,8 @@ def test_on_a_mesh(folder, tokens_BT, full_BTW):
     for _ in range(4):
         _, cache = feed(model, cache, tokens_BT, [2, 2, 1, 2], 2, full_BTW)
     for x in jax.tree.leaves(cache.layers):
-        assert x.sharding.spec[:2] == ("data", "tensor") and x.addressable_shards[0].data.nbytes * 8 == x.nbytes
+        assert x.sharding.spec[:2] == (("data", "expert"), "tensor")
+        assert x.addressable_shards[0].data.nbytes * 8 == x.nbytes
 
 
 def test_rows_without_tokens_stay_as_they_are(model, tokens_BT, full_BTW):

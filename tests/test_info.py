@@ -62,7 +62,7 @@ def test_cache_bytes_are_those_of_a_cache(hub, mesh):
         return sum(array.nbytes for array in jax.tree.leaves(cache(tokens))) // 8
 
     def on_a_device(tokens):
-        sequences = 8 // real_mesh.shape["data"]
+        sequences = 8 // (real_mesh.shape["data"] * real_mesh.shape["expert"])
         return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(cache(tokens))) // sequences
 
     numbers = table(describe(hub, mesh))
@@ -86,7 +86,7 @@ def test_a_model_that_fits_no_machine_here():
     assert numbers["each token"] == [10 * 8 * (192 + 128) * 2, 10 * 8 * (192 + 128) * 2 // 4]
     assert numbers["each sequence"] == [60 * 128 * 8 * (192 + 128) * 2, 60 * 128 * 8 * (192 + 128) * 2 // 4]
     assert f"{1_021_247_225_856:,}" in text and f"{1_021_247_225_856 + vectors:,}" in text
-    assert "a device holds 1/2 of the sequences" in text
+    assert "up to 1/128 of a batch" in text
 
 
 def test_it_asks_for_no_device():

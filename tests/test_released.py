@@ -95,10 +95,11 @@ def test_parameters(config, mesh, dtype):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_caches(config, mesh, in_flight):
-    """64 rows of 262,144 tokens: split over data and tensor, the same along expert."""
+    """64 rows of 262,144 tokens: split over data and tensor, and over expert where the rows divide."""
     mesh = jaxllm.make_abstract_mesh(mesh)
     cache = abstract_cache(config, mesh, 64, 2**18, in_flight)
-    places, tensor = mesh.shape["data"] * mesh.shape["tensor"], mesh.shape["tensor"]
+    rows, tensor = mesh.shape["data"] * mesh.shape["expert"], mesh.shape["tensor"]
+    places = tensor * (rows if 64 % rows == 0 else mesh.shape["data"])
     whole = jaxllm.cache_bytes(config, 64, 2**18, itemsize=2, in_flight=in_flight, tensor=tensor)
     assert bytes_per_device(cache.layers) * places == whole
     assert bytes_per_device(cache.length_B) == 4 * 64 // mesh.shape["data"]

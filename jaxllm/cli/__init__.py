@@ -1,5 +1,4 @@
-"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`,
-`train`, `tokenizer`.
+"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`, `train`, `tokenizer`, `compile`.
 
 Bad input (ValueError, OSError) is one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
@@ -11,10 +10,11 @@ from jaxllm.cli.files import add_convert, add_export, add_verify
 from jaxllm.cli.models import add_eval, add_generate, add_info
 from jaxllm.cli.parser import Parser
 from jaxllm.cli.tokenizer import add_tokenizer
+from jaxllm.cli.tpu import add_compile
 from jaxllm.cli.train import add_train
 
 # In the order of --help.
-ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer)
+ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer, add_compile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,141 @@
+"""The product's own steps, compiled ahead of time for TPU devices that are not here.
+
+libtpu holds the compiler, and takes a topology's name in the place of devices. Weights, cache and tokens are shapes
+with shardings; nothing is read or allocated. The step that is lowered is the one that `generate` calls.
+"""
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.axes import make_mesh, parse_mesh, spec
+from jaxllm.checkpoint.stated import stated_params
+from jaxllm.config import Config
+from jaxllm.gathered import gathered, stored
+from jaxllm.generate.load import Params, abstract_model, as_stored
+from jaxllm.generate.step import init_cache, prefill
+from jaxllm.info import held_source
+from jaxllm.model import Transformer
+from jaxllm.paths import parameter_path, parameters
+from jaxllm.tpu.chips import Slice
+
+STEPS = ("decode", "prefill", "verify")
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",      # else it asks the network what machine this is
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-4",      # or complains that nobody told it
+}
+LIBTPU = "pip install 'jaxllm[tpu]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step, and what it was compiled from."""
+    compiled: jax.stages.Compiled
+    config: Config
+    mesh: Mesh
+    step: str
+    batch: int                   # rows
+    context: int                 # tokens of a row that its cache has room for
+    tokens: int                  # new ones of a row
+    weights: dict[str, Any]      # path -> abstract leaf as it is stored, packed or not
+    cache: Any
+    seconds: float               # to lower and to compile
+
+
+def devices_of(on: Slice) -> Sequence[jax.Device]:
+    """The devices of a TPU slice, to compile for. ValueError for GPUs, without libtpu, or if it knows no such slice.
+
+    Other programs may hold libtpu meanwhile: it is not asked for a device.
+    """
+    topology = on.name.replace("tpu7x", "TPU7x")
+    if on.chip.platform != "tpu":
+        raise ValueError(f"--on {topology}: only TPU slices can be compiled for without the chip")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"to compile for {topology}, XLA's TPU compiler is needed, which is in libtpu and runs on any "
+                         f"Linux machine: {LIBTPU}")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ |= ENVIRONMENT
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except Exception as error:      # the runtime's own kinds
+        raise ValueError(f"libtpu {_version()} cannot compile for {topology}: {error}") from error
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def default_mesh(config: Config, num_devices: int) -> dict[str, int]:
+    """`tensor` up to the most kv heads that a layer has, `expert` the rest: no weight is on two devices or gathered."""
+    most = max(layer.num_kv_heads for layer in config.layers)
+    tensor = max(n for n in range(1, most + 1) if num_devices % n == 0 and most % n == 0)
+    return {"expert": num_devices // tensor, "tensor": tensor}
+
+
+def params_of(folder: str, config: Config, weights: str | None) -> Params:
+    """Leaf -> (shape, dtype) as the folder holds them, or if it holds none as its config states, or as `convert` would
+    write them with `--weights`."""
+    source = None if weights else held_source(Path(folder))
+    return source.params if source else stated_params(config, weights)
+
+
+def abstract_weights(config: Config, mesh: Mesh, params: Params, dtype: jnp.dtype
+                     ) -> tuple[Transformer, dict[str, Any]]:
+    """The module tree to compute with, and path -> leaf as `load` stores it, on a mesh whose devices are not here."""
+    model = abstract_model(config, mesh, dtype)
+    held = {path: as_stored(path, stored(leaf), params) for path, leaf in parameters(model).items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: gathered(held[parameter_path(path)], leaf.sharding.spec), model), held
+
+
+def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None,
+                 step: str = "decode", batch: int = 64, context: int = 32768, tokens: int | None = None,
+                 params: Params | None = None) -> Program:
+    """A step of `batch` rows whose cache holds `context` tokens each, compiled for these devices.
+
+    step: "decode", one token a row; "verify", `tokens` a row (default 4), as of drafts; "prefill", a chunk of `tokens`
+    (default 4096). params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
+    Errors: ValueError for what does not fit the mesh; jax.errors.JaxRuntimeError if the compiler finds too little HBM.
+    """
+    default = {"decode": 1, "verify": 4, "prefill": 4096}[step]
+    tokens = default if tokens is None or step == "decode" else tokens
+    for name, number in (("batch", batch), ("context", context), ("tokens", tokens)):
+        if number < 1:
+            raise ValueError(f"{name} = {number}: expected a positive whole number")
+    if context > config.max_position_embeddings:
+        raise ValueError(f"context = {context} is more than the model's {config.max_position_embeddings}")
+    if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
+        raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
+    place, dtype = make_mesh(mesh, devices), jnp.dtype(config.dtype)
+    model, held = abstract_weights(config, place, stated_params(config) if params is None else params, dtype)
+    cache = _on(place, jax.eval_shape(lambda: init_cache(config, place.abstract_mesh, batch, context,
+                                                         1 if step == "prefill" else tokens, dtype)))
+    begin = time.perf_counter()
+    with jax.set_mesh(place):
+        lowered = jax.jit(prefill, donate_argnums=1).lower(
+            model, cache, _int32(place, (batch, tokens), "batch", None), _int32(place, (batch,), "batch"))
+        compiled = lowered.compile()
+    return Program(compiled, config, place, step, batch, context, tokens, held, cache, time.perf_counter() - begin)
+
+
+def _int32(mesh: Mesh, shape: tuple[int, ...], *names: str | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec(*names)))
+
+
+def _on(mesh: Mesh, tree: Any) -> Any:
+    """Shapes of an abstract mesh as those of one with devices."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(
+        mesh, getattr(x.sharding, "spec", PartitionSpec()))), tree)

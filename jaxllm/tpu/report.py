@@ -1,0 +1,104 @@
+"""What a compiled step takes and moves, beside the least that it could: numbers for people, for JSON and for a picture.
+
+The least: each weight byte that is needed once (of the embedding the rows of the tokens; of the experts no more than
+the routed rows can choose) and each cache byte once.
+"""
+import dataclasses
+from typing import Any
+
+from jaxllm.info import KINDS
+from jaxllm.tpu.chips import Slice
+from jaxllm.tpu.hlo import parse
+from jaxllm.tpu.program import Program
+from jaxllm.tpu.traffic import Collective, Large, Traffic
+from jaxllm.train.memory import device_bytes, show
+
+LARGE = 64 * 2**20      # bytes; a temporary of that size is named
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All of one device of the slice, in bytes unless a name says otherwise."""
+    model: str
+    on: str
+    mesh: dict[str, int]
+    step: str
+    batch: int
+    context: int
+    tokens: int
+    compile_seconds: float
+    held: dict[str, int]              # arguments by kind: of parameters, and the cache
+    memory: dict[str, int]            # as the compiler counts: arguments, temporaries, aliased, peak; and usable
+    moved: dict[str, int]             # in a step, by class
+    least: dict[str, int]
+    collectives: list[Collective]
+    large: list[Large]
+
+    @property
+    def ratio(self) -> float:
+        """Bytes moved over the least possible."""
+        return sum(self.moved.values()) / sum(self.least.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory["peak"] <= self.memory["usable"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "fits": self.fits}
+
+    def describe(self) -> str:
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        rows = [
+            ("program", f"{self.step} of {self.model}, {self.batch} rows of {self.tokens} new tokens and a context of "
+                        f"{self.context}, on {self.on} as {axes}; compiled in {self.compile_seconds:.0f} s"),
+            ("memory", f"peak {show(self.memory['peak'])} of {show(self.memory['usable'])} a device: arguments "
+                       f"{show(self.memory['arguments'])}, temporaries {show(self.memory['temporaries'])}"),
+            ("held", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)),
+            ("moved", f"{show(sum(self.moved.values()))} a step, {self.ratio:.2f} of the least: "
+                      + ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.moved.items())),
+            ("least", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.least.items())),
+            ("collectives", ", ".join(f"{x.count} {x.kind} {show(x.nbytes)}" for x in self.collectives) or "none"),
+            *(("large", f"{x.opcode} {x.name}: {show(x.nbytes)} of {x.owner} ({x.op_name})") for x in self.large)]
+        return "\n".join(f"{name:14}{text}" for name, text in rows)
+
+
+def report_of(program: Program, model: str, on: Slice, large: int = LARGE) -> Report:
+    """`large`: bytes of a buffer from which on it is named."""
+    memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
+    assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
+    traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"})
+    return Report(
+        model, on.name, dict(program.mesh.shape), program.step, program.batch, program.context, program.tokens,
+        program.seconds, held_bytes(program),
+        {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+         "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
+         "usable": int(on.chip.usable_hbm.value)},
+        traffic.by_class(), least_bytes(program), traffic.collectives(), traffic.large(large))
+
+
+def held_bytes(program: Program) -> dict[str, int]:
+    """Of each kind of parameter, and of the cache, on a device."""
+    found = dict.fromkeys([kind for kind, _ in KINDS], 0)
+    for path, leaf in program.weights.items():
+        found[kind_of(path)] += device_bytes(leaf)
+    return found | {"cache": device_bytes(program.cache)}
+
+
+def kind_of(path: str) -> str:
+    return next(kind for kind, endings in KINDS if path.endswith(endings))
+
+
+def least_bytes(program: Program) -> dict[str, int]:
+    """What a step cannot do without, on a device: bytes of weights and of the cache."""
+    config, weights = program.config, 0
+    rows = program.batch * program.tokens * (config.num_experts_per_tok or 0)
+    share = min(1.0, rows / (config.n_routed_experts or 1))
+    for path, leaf in program.weights.items():
+        nbytes = device_bytes(leaf)
+        if kind_of(path) == "experts":
+            nbytes = int(nbytes * share)
+        elif path == "embed_WD" and not config.tie_word_embeddings:
+            nbytes = min(nbytes, nbytes * program.batch * program.tokens // leaf.shape[0])
+        weights += nbytes
+    return {"weights": weights, "cache": device_bytes(program.cache)}
+

@@ -1,0 +1,32 @@
+"""What `jaxllm compile` refuses, before it compiles anything, and what libtpu in other hands changes: nothing."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli import main
+
+CONFIG = str(Path(__file__).parent.parent.parent / "configs" / "MiMo-V2.6-Pro")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--on", "v6e:3x3"], r"slice 'v6e:3x3': unknown; nearest is 'v6e:"),
+    (["--on", "gpu:8x32GB"], "--on rtx5090:8: only TPU slices can be compiled for without the chip"),
+    (["--on", "v6e:8x8", "--mesh", "expert=7"], "the mesh has 7 devices, but the slice has 64: all must take part"),
+    (["--on", "v6e:16x16", "--mesh", "expert=256"], "n_routed_experts = 384 cannot be split over mesh axis expert ="),
+    (["--on", "v6e:2x2", "--mesh", "expert=64"], "needs 64 devices, but there are 4"),
+    (["--on", "v6e:8x8", "--batch", "-1"], "batch = -1: expected a positive whole number"),
+    (["--on", "v6e:8x8", "--tokens", "0", "--step", "verify"], "tokens = 0: expected a positive whole number"),
+    (["--on", "v6e:8x8", "--context", "2000000"], "context = 2000000 is more than the model's 1048576"),
+    (["--on", "v6e:8x8", "--mesh", "data=64", "--batch", "8"], "batch = 8 cannot be split over mesh axis data = 64"),
+])
+def test_refused(libtpu, capsys, arguments, message):
+    assert main(["compile", CONFIG, *arguments]) == 2
+    assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_without_libtpu(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["compile", CONFIG, "--on", "v6e:8x8"]) == 2
+    assert "XLA's TPU compiler is needed, which is in libtpu" in (error := capsys.readouterr().err)
+    assert "pip install 'jaxllm[tpu]'" in error

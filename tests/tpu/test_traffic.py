@@ -1,0 +1,109 @@
+"""Reading compiled programs: hand-written ones, whose bytes are counted by hand, and one that a CPU compiled."""
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.tpu.hlo import parse
+from jaxllm.tpu.traffic import Collective, Traffic
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_slice (p0: u8[8,64,128], p1: s32[]) -> u8[64,128] {
+  %p0 = u8[8,64,128]{2,1,0} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = u8[1,64,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %squeezed = u8[64,128]{1,0} bitcast(%slice)
+}
+
+%fused_update (q0: bf16[4,256], q1: bf16[1,256], q2: s32[]) -> bf16[4,256] {
+  %q0 = bf16[4,256]{1,0} parameter(0)
+  %q1 = bf16[1,256]{1,0} parameter(1)
+  %q2 = s32[]{:T(128)} parameter(2)
+  ROOT %updated = bf16[4,256]{1,0} dynamic-update-slice(%q0, %q1, %q2, %q2)
+}
+
+%all-reduce-scatter.1 (r0: f32[8,32]) -> f32[2,32] {
+  %r0 = f32[8,32]{1,0:S(1)} parameter(0)
+  %whole = f32[8,32]{1,0} all-reduce(%r0), replica_groups={{0,1,2,3}}, to_apply=%fused_slice
+  %first = s32[]{:T(128)} constant(0)
+  ROOT %kept = f32[2,32]{1,0:S(1)} dynamic-slice(%whole, %first, %first), dynamic_slice_sizes={2,32}
+}
+
+%body (state: (s32[], u8[8,64,128], f32[16])) -> (s32[], u8[8,64,128], f32[16]) {
+  %state = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
+  %stack = u8[8,64,128]{2,1,0} get-tuple-element(%state), index=1
+  %sum = f32[16]{0} get-tuple-element(%state), index=2
+  %one = u8[64,128]{1,0:T(8,128)(4,1)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused_slice
+  %more = f32[16]{0} all-reduce(%sum), replica_groups=[2,4]<=[8], to_apply=%fused_slice
+  ROOT %next = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) tuple(%i, %stack, %more)
+}
+
+%condition (state.1: (s32[], u8[8,64,128], f32[16])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  %bound = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (w: u8[8,64,128], c: bf16[4,256], x: bf16[1,256], i0: s32[]) -> (bf16[4,256], bf16[4,256]) {
+  %w = u8[8,64,128]{2,1,0} parameter(0), metadata={op_name="model.layers[0].moe.gate_EDI.value.codes"}
+  %c = bf16[4,256]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="cache.layers[0].v_BKSV"}
+  %x = bf16[1,256]{1,0} parameter(2), metadata={op_name="tokens"}
+  %i0 = s32[]{:T(128)} parameter(3)
+  %zeros = f32[16]{0} broadcast(%i0), dimensions={}
+  %init = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) tuple(%i0, %w, %zeros)
+  %loop = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) while(%init), condition=%condition, body=%body
+  %scores = f32[8,32]{1,0:S(1)} broadcast(%i0), dimensions={}
+  %scattered = f32[2,32]{1,0:S(1)} fusion(%scores), kind=kCustom, calls=%all-reduce-scatter.1
+  %near = (bf16[1,256]{1,0:S(1)}, bf16[1,256]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near-done = bf16[1,256]{1,0:S(1)} copy-done(%near)
+  %written = bf16[4,256]{1,0:T(8,128)(2,1)} fusion(%c, %near-done, %i0), kind=kLoop, calls=%fused_update
+  %turned = bf16[4,256]{0,1:T(8,128)(2,1)} copy(%written), metadata={op_name="jit(step)/turned"}
+  %kernel = bf16[4,256]{1,0} custom-call(%c), custom_call_target="tpu_custom_call", backend_config=\
+{"custom_call_config":{"cost_estimate":{"flops":"8","transcendentals":"0","bytes_accessed":"3000"}}}
+  %gathered = bf16[8,256]{1,0} all-gather(%turned), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %out = (bf16[4,256]{1,0}, bf16[4,256]{1,0}) tuple(%written, %turned)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    return Traffic(parse(PROGRAM), {"model": "weights", "cache": "cache"})
+
+
+def test_bytes_by_class(traffic):
+    """Weights: five slices of 8 KiB. Cache: the update of 512 bytes, what the kernel says, and what is gathered of it.
+    Copies: 2048 read and written. Activations: zeros, five all-reduces of 64 bytes in and out, x, the scalars, and the
+    all-gather's result."""
+    scalars, zeros, reduced, x = 3 * 4, 64, 5 * 2 * 64, 512
+    assert traffic.by_class() == {"weights": 5 * 64 * 128, "cache": 512 + 3000 + 2048,
+                                  "copies": 2 * 2048, "activations": scalars + zeros + reduced + x + 4096}
+
+
+def test_collectives(traffic):
+    """A ring of n sends (n - 1) / n of the whole, an all-reduce twice that."""
+    assert traffic.collectives() == [Collective("all-reduce", 5, 5 * 2 * 64 * 3 // 4),
+                                     Collective("all-gather", 1, 4096 // 2),
+                                     Collective("reduce-scatter", 1, 8 * 32 * 4 * 3 // 4)]
+
+
+def test_large_buffers_are_named(traffic):
+    found = {x.name: x for x in traffic.large(2048)}
+    assert found.keys() == {"turned", "gathered", "kernel"}      # what is written is so in place
+    copy = found["turned"]
+    assert (copy.opcode, copy.owner, copy.nbytes, copy.op_name) == ("copy", "cache", 2048, "jit(step)/turned")
+
+
+def test_a_real_program():
+    """Loops that XLA's CPU compiler made of ours: seven times the rows of a stack."""
+    def step(model, x):
+        return jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ model[i]), x)
+    model, x = jnp.ones((7, 256, 256)), jnp.ones((4, 256))
+    module = parse(jax.jit(step).lower(model, x).compile().as_text())
+    assert 7 in {module.trips(module._loop(loop)[1]) for body in module.computations.values()
+                 for loop in body.values() if loop.opcode == "while"}
+    moved = Traffic(module, {"model": "weights"}).by_class()
+    assert 7 * 256 * 256 * 4 <= moved["weights"] + moved["copies"] + moved["activations"] <= 4 * 7 * 256 * 256 * 4
