@@ -1,4 +1,5 @@
-"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`, `train`, `tokenizer`, `compile`.
+"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`, `train`, `tokenizer`, `plan`,
+`compile`.
 
 Bad input (ValueError, OSError) is one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
@@ -10,11 +11,12 @@ from jaxllm.cli.files import add_convert, add_export, add_verify
 from jaxllm.cli.models import add_eval, add_generate, add_info
 from jaxllm.cli.parser import Parser
 from jaxllm.cli.tokenizer import add_tokenizer
-from jaxllm.cli.tpu import add_compile
+from jaxllm.cli.tpu import add_compile, add_plan
 from jaxllm.cli.train import add_train
 
 # In the order of --help.
-ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer, add_compile)
+ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer, add_plan,
+       add_compile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,16 +1,74 @@
-"""The verb about hardware that is not here: compile."""
+"""The verbs about hardware that is not here: plan, compile."""
 import argparse
 import json
 from pathlib import Path
 
+from jaxllm.axes import make_abstract_mesh
 from jaxllm.cli.models import MESH_HELP
 from jaxllm.cli.parser import Verbs
 from jaxllm.config import Config
-from jaxllm.tpu.chips import slice_of
-from jaxllm.tpu.program import STEPS, compile_step, default_mesh, devices_of, params_of
-from jaxllm.tpu.report import report_of
+from jaxllm.model import check_mesh
+from jaxllm.tpu.chips import Slice, slice_of
+from jaxllm.tpu.held import Held
+from jaxllm.tpu.plan import Plan, plan, plans, smallest
+from jaxllm.tpu.program import compile_step, devices_of, params_of
+from jaxllm.tpu.report import Report, report_of
+from jaxllm.tpu.steps import STEPS, new_tokens
+from jaxllm.train.memory import show
 
 WEIGHTS = ("mxfp4", "fp8", "int4")
+RUNNERS_UP = 4
+
+
+def add_plan(verbs: Verbs) -> None:
+    verb = verbs.add_parser("plan", help="whether a model fits a slice, and how fast it could be there",
+                            description="Tells the bytes of each device by kind, the best mesh and the runners-up, and "
+                                        "the time of a step at 100% of the rates in the data sheets, which no program "
+                                        "reaches. Reads only config.json, and needs no device and no compiler.")
+    add_step(verb, "as in v6e:8x8, h100:8, gpu:8x24GB, or all; an unknown one lists those there are")
+    verb.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    held = held_of(args)
+    tokens = new_tokens(held.config, args.step, args.batch, args.context, args.tokens)
+    shape = args.step, args.batch, args.context, tokens
+    if args.on == "all":
+        found = smallest(held, *shape)
+        if not found:
+            raise ValueError(f"{args.model}: no slice of the table holds it with {args.batch} rows of {args.context}")
+        print("\n".join(x.row() for x in found))
+    else:
+        found = on_slice(held, slice_of(args.on), args.mesh, shape)
+        print("\n".join(x.row() for x in found[:1 + RUNNERS_UP]))
+        print(found[0].describe())
+    write(args, [x.to_dict() for x in found], found[0])
+
+
+def on_slice(held: Held, on: Slice, mesh: str | None, shape: tuple[str, int, int, int]) -> list[Plan]:
+    """Plans that fit, the best first. ValueError says by how much it does not, and what is the smallest that does."""
+    found = [on_mesh(held, on, mesh, shape)] if mesh else plans(held, on, *shape)
+    if not found:
+        raise ValueError(f"{held.name}: no mesh over the {on.num_devices} devices of {on.name} splits the model and "
+                         f"{shape[1]} rows evenly")
+    if fitting := [x for x in found if x.fits]:
+        return fitting
+    best, usable = found[0], on.chip.usable_hbm.value
+    larger = smallest(held, *shape)
+    same = [x for x in larger if x.on.chip == on.chip] or larger
+    raise ValueError(f"{held.name} with {shape[1]} rows of {shape[2]} does not fit {on.name}: a device would hold "
+                     f"{show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
+                     + (f"the smallest that fits is {same[0].on.name}" if same else "no slice of the table holds it"))
+
+
+def on_mesh(held: Held, on: Slice, mesh: str, shape: tuple[str, int, int, int]) -> Plan:
+    abstract, batch = make_abstract_mesh(mesh), shape[1]
+    check_mesh(held.config, abstract)
+    if abstract.size != on.num_devices:
+        raise ValueError(f"the mesh has {abstract.size} devices, but {on.name} has {on.num_devices}: all take part")
+    if batch % abstract.shape["data"]:
+        raise ValueError(f"batch = {batch} cannot be split over mesh axis data = {abstract.shape['data']}")
+    return plan(held, on, abstract, *shape)
 
 
 def add_compile(verbs: Verbs) -> None:
@@ -18,9 +76,27 @@ def add_compile(verbs: Verbs) -> None:
                             description="Compiles the real step, at full size, for the real chip, with the compiler in "
                                         "libtpu, and tells its memory, the bytes that it moves beside the least "
                                         "possible, and its collectives. Reads only config.json.")
+    add_step(verb, "a TPU slice, as in v6e:8x8; another lists those there are")
+    verb.set_defaults(run=run_compile)
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    on, config = slice_of(args.on), Config.from_hub(args.model)
+    tokens = new_tokens(config, args.step, args.batch, args.context, args.tokens)
+    devices = devices_of(on)
+    mesh = args.mesh or on_slice(held_of(args), on, None, (args.step, args.batch, args.context, tokens))[0].mesh
+    program = compile_step(config, devices, mesh, args.step, args.batch, args.context, tokens,
+                           params_of(args.model, config, args.weights))
+    report = report_of(program, Path(args.model).name, on)
+    print(report.describe())
+    write(args, report.to_dict(), report)
+
+
+def add_step(verb: argparse.ArgumentParser, on: str) -> None:
+    """The arguments of both verbs: what step of what model, and where."""
     verb.add_argument("model", metavar="MODEL", help="a folder with a config.json")
-    verb.add_argument("--on", metavar="SLICE", required=True, help="as in v6e:8x8; another lists those there are")
-    verb.add_argument("--mesh", help=MESH_HELP.replace("one device", "by the model and the slice"))
+    verb.add_argument("--on", metavar="SLICE", required=True, help=on)
+    verb.add_argument("--mesh", help=MESH_HELP.replace("one device", "the fastest by plan"))
     verb.add_argument("--step", choices=STEPS, default="decode", help="default decode")
     verb.add_argument("--weights", choices=WEIGHTS, help="experts as packed so (default: as the model has them)")
     verb.add_argument("--batch", metavar="B", type=int, default=64, help="rows (default 64)")
@@ -28,19 +104,16 @@ def add_compile(verbs: Verbs) -> None:
     verb.add_argument("--tokens", metavar="T", type=int, help="new ones of a row (default: verify 4, prefill 4096)")
     verb.add_argument("--json", metavar="FILE", help="write the numbers there")
     verb.add_argument("--png", metavar="FILE", help="and a picture of them there")
-    verb.set_defaults(run=run_compile)
 
 
-def run_compile(args: argparse.Namespace) -> None:
-    on, config = slice_of(args.on), Config.from_hub(args.model)
-    devices = devices_of(on)
-    mesh = args.mesh or default_mesh(config, on.num_devices)
-    program = compile_step(config, devices, mesh, args.step, args.batch, args.context, args.tokens,
-                           params_of(args.model, config, args.weights))
-    report = report_of(program, Path(args.model).name, on)
-    print(report.describe())
+def held_of(args: argparse.Namespace) -> Held:
+    config = Config.from_hub(args.model)
+    return Held(Path(args.model).name, config, params_of(args.model, config, args.weights))
+
+
+def write(args: argparse.Namespace, numbers: object, found: Plan | Report) -> None:
     if args.json:
-        Path(args.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(numbers, indent=2) + "\n")
     if args.png:
         from jaxllm.tpu.draw import draw  # matplotlib takes a second to import
-        draw(report, on, args.png)
+        draw(found, args.png)

@@ -288,3 +288,11 @@ def refuse(name: str, why: str, like: str = "") -> NoReturn:
     lines = [" ".join(known for known in names if known.startswith(f"{chip}:")) for chip in CHIPS]
     raise ValueError(f"slice {name!r}: {why}; nearest is {nearest!r}. Slices:\n  " + "\n  ".join(lines)
                      + f"\n  gpu:COUNTxMEMORYGB, as gpu:{MAX_GPUS}x24GB")
+
+
+def rates_of(on: Slice) -> dict[str, float]:
+    """Of one device, by what a step needs of it: bytes/s of its HBM, FLOP/s in bfloat16, and bytes/s that it sends."""
+    chip, devices = on.chip, on.chip.devices.value
+    sent = chip.ici.value / 2 if chip.ici else chip.host_bus.value if chip.host_bus else 0.0
+    return {"HBM": chip.bandwidth.value / devices, "arithmetic": chip.bf16_flops.value / devices,
+            "between chips": sent / devices}

@@ -27,8 +27,8 @@ from jaxllm.info import held_source
 from jaxllm.model import Transformer
 from jaxllm.paths import parameter_path, parameters
 from jaxllm.tpu.chips import Slice
+from jaxllm.tpu.steps import new_tokens
 
-STEPS = ("decode", "prefill", "verify")
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",      # else it asks the network what machine this is
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-4",      # or complains that nobody told it
@@ -78,13 +78,6 @@ def _version() -> str:
         return "of unknown version"
 
 
-def default_mesh(config: Config, num_devices: int) -> dict[str, int]:
-    """`tensor` up to the most kv heads that a layer has, `expert` the rest: no weight is on two devices or gathered."""
-    most = max(layer.num_kv_heads for layer in config.layers)
-    tensor = max(n for n in range(1, most + 1) if num_devices % n == 0 and most % n == 0)
-    return {"expert": num_devices // tensor, "tensor": tensor}
-
-
 def params_of(folder: str, config: Config, weights: str | None) -> Params:
     """Leaf -> (shape, dtype) as the folder holds them, or if it holds none as its config states, or as `convert` would
     write them with `--weights`."""
@@ -110,13 +103,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapp
     (default 4096). params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
     Errors: ValueError for what does not fit the mesh; jax.errors.JaxRuntimeError if the compiler finds too little HBM.
     """
-    default = {"decode": 1, "verify": 4, "prefill": 4096}[step]
-    tokens = default if tokens is None or step == "decode" else tokens
-    for name, number in (("batch", batch), ("context", context), ("tokens", tokens)):
-        if number < 1:
-            raise ValueError(f"{name} = {number}: expected a positive whole number")
-    if context > config.max_position_embeddings:
-        raise ValueError(f"context = {context} is more than the model's {config.max_position_embeddings}")
+    tokens = new_tokens(config, step, batch, context, tokens)
     if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
         raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
     place, dtype = make_mesh(mesh, devices), jnp.dtype(config.dtype)

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 from jaxllm.info import KINDS
-from jaxllm.tpu.chips import Slice
+from jaxllm.tpu.chips import Slice, rates_of
+from jaxllm.tpu.held import kind_of, unused_bytes
 from jaxllm.tpu.hlo import parse
 from jaxllm.tpu.program import Program
 from jaxllm.tpu.traffic import Collective, Large, Traffic
@@ -20,7 +21,7 @@ LARGE = 64 * 2**20      # bytes; a temporary of that size is named
 class Report:
     """All of one device of the slice, in bytes unless a name says otherwise."""
     model: str
-    on: str
+    on: Slice
     mesh: dict[str, int]
     step: str
     batch: int
@@ -43,14 +44,25 @@ class Report:
     def fits(self) -> bool:
         return self.memory["peak"] <= self.memory["usable"]
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a step, by what it needs of a device, each at its full rate."""
+        rates = rates_of(self.on)
+        return {"HBM, as compiled": sum(self.moved.values()) / rates["HBM"],
+                "HBM, the least": sum(self.least.values()) / rates["HBM"],
+                "between chips": sum(x.nbytes for x in self.collectives) / rates["between chips"]}
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"ratio": self.ratio, "fits": self.fits}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"on": self.on.name, "collectives": [dataclasses.asdict(x) for x in self.collectives],
+                         "large": [dataclasses.asdict(x) for x in self.large], "ratio": self.ratio, "fits": self.fits,
+                         "seconds": self.seconds}
 
     def describe(self) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         rows = [
             ("program", f"{self.step} of {self.model}, {self.batch} rows of {self.tokens} new tokens and a context of "
-                        f"{self.context}, on {self.on} as {axes}; compiled in {self.compile_seconds:.0f} s"),
+                        f"{self.context}, on {self.on.name} as {axes}; compiled in {self.compile_seconds:.0f} s"),
             ("memory", f"peak {show(self.memory['peak'])} of {show(self.memory['usable'])} a device: arguments "
                        f"{show(self.memory['arguments'])}, temporaries {show(self.memory['temporaries'])}"),
             ("held", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)),
@@ -68,7 +80,7 @@ def report_of(program: Program, model: str, on: Slice, large: int = LARGE) -> Re
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
     traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"})
     return Report(
-        model, on.name, dict(program.mesh.shape), program.step, program.batch, program.context, program.tokens,
+        model, on, dict(program.mesh.shape), program.step, program.batch, program.context, program.tokens,
         program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
@@ -84,21 +96,9 @@ def held_bytes(program: Program) -> dict[str, int]:
     return found | {"cache": device_bytes(program.cache)}
 
 
-def kind_of(path: str) -> str:
-    return next(kind for kind, endings in KINDS if path.endswith(endings))
-
-
 def least_bytes(program: Program) -> dict[str, int]:
     """What a step cannot do without, on a device: bytes of weights and of the cache."""
-    config, weights = program.config, 0
-    rows = program.batch * program.tokens * (config.num_experts_per_tok or 0)
-    share = min(1.0, rows / (config.n_routed_experts or 1))
-    for path, leaf in program.weights.items():
-        nbytes = device_bytes(leaf)
-        if kind_of(path) == "experts":
-            nbytes = int(nbytes * share)
-        elif path == "embed_WD" and not config.tie_word_embeddings:
-            nbytes = min(nbytes, nbytes * program.batch * program.tokens // leaf.shape[0])
-        weights += nbytes
-    return {"weights": weights, "cache": device_bytes(program.cache)}
-
+    weights = {path: device_bytes(leaf) for path, leaf in program.weights.items()}
+    experts = sum(nbytes for path, nbytes in weights.items() if kind_of(path) == "experts")
+    unused = unused_bytes(program.config, experts, weights["embed_WD"], program.batch * program.tokens)
+    return {"weights": sum(weights.values()) - unused, "cache": device_bytes(program.cache)}

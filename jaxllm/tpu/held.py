@@ -1,0 +1,78 @@
+"""What a model and a cache take of each device of a mesh, by kind, from shapes alone and in a fraction of a second.
+
+Layers that are alike take alike, so the module tree is built with one layer of each kind, and counted as often as the
+model has that kind. The numbers are those of the arrays that `load` and `init_cache` would make.
+"""
+import dataclasses
+import re
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jaxllm.cache import num_slots
+from jaxllm.config import Config, LayerSpec
+from jaxllm.gathered import stored
+from jaxllm.generate.load import Params, abstract_model, as_stored
+from jaxllm.info import KINDS
+from jaxllm.model import stored_layer
+from jaxllm.paths import parameters
+from jaxllm.train.memory import device_bytes
+
+
+class Held:
+    """The bytes of one model, whose parameters are `params` (leaf -> shape and dtype)."""
+
+    def __init__(self, name: str, config: Config, params: Params):
+        self.name, self.config, self.dtype = name, config, jnp.dtype(config.dtype)
+        first: dict[LayerSpec, int] = {}
+        for i, layer in enumerate(config.layers):
+            first.setdefault(layer, i)
+        self.count = Counter(config.layers)
+        self.small = dataclasses.replace(
+            config, num_hidden_layers=len(first), hybrid_layer_pattern=tuple(
+                config.hybrid_layer_pattern[i] for i in first.values()),
+            moe_layer_freq=tuple(config.moe_layer_freq[i] for i in first.values()))
+        short = {f"layers.{i}": f"layers.{j}" for j, i in enumerate(first.values())}
+        self.params = {self._renamed(leaf, short): held for leaf, held in params.items()
+                       if not leaf.startswith("layers.") or leaf[:leaf.index(".", 7)] in short}
+        self.weights = cache(self._weights)
+
+    @staticmethod
+    def _renamed(leaf: str, short: dict[str, str]) -> str:
+        return re.sub(r"^layers\.\d+", lambda found: short[found[0]], leaf)
+
+    def _weights(self, mesh: AbstractMesh) -> dict[str, int]:
+        """Kind of parameter -> bytes on a device. ValueError for a mesh that the model cannot be split over."""
+        found = dict.fromkeys([kind for kind, _ in KINDS], 0)
+        layers = list(self.count)
+        for path, leaf in parameters(abstract_model(self.small, mesh, self.dtype)).items():
+            times = self.count[layers[int(path.split(".")[1])]] if path.startswith("layers.") else 1
+            found[kind_of(path)] += times * device_bytes(as_stored(path, stored(leaf), self.params))
+        return found
+
+    def cache(self, mesh: AbstractMesh, batch: int, context: int, in_flight: int = 1) -> int:
+        """Bytes of a device's share of the cache."""
+        rows = batch // (mesh.shape["data"] * (mesh.shape["expert"] if splits_rows(mesh, batch) else 1))
+        return sum(rows * count * stored_layer(layer, mesh).num_kv_heads // mesh.shape["tensor"]
+                   * num_slots(layer, context, in_flight) * (layer.head_dim + layer.v_head_dim) * self.dtype.itemsize
+                   for layer, count in self.count.items())
+
+
+def splits_rows(mesh: Any, batch: int) -> bool:
+    """Whether attention's rows are split over `expert` too (jaxllm.axes.attention_rows)."""
+    return batch % (mesh.shape["data"] * mesh.shape["expert"]) == 0
+
+
+def kind_of(path: str) -> str:
+    return next(kind for kind, endings in KINDS if path.endswith(endings))
+
+
+def unused_bytes(config: Config, experts: int, table: int, num_tokens: int) -> int:
+    """Of a device's experts and embedding, what a step of so many tokens does not read: no more experts are needed than
+    their routed rows can choose, and no more of a table, unless it is the head too, than their rows of it."""
+    rows = num_tokens * (config.num_experts_per_tok or 0)
+    left = experts * max(0.0, 1 - rows / (config.n_routed_experts or 1))
+    return int(left + (0 if config.tie_word_embeddings else table * max(0.0, 1 - num_tokens / config.vocab_size)))

@@ -1,0 +1,158 @@
+"""Whether a model fits a slice, how it is best split there, and how fast it could be at the rates of the data sheet.
+
+A step cannot be faster than the slowest of what it needs of a device: to read the weights that it uses and the cache
+once, to multiply, and to send what the mesh makes it send. These are bounds, at 100% of published rates; no program
+reaches them. Bytes held are exact (held.py); those sent are counted as the compiled programs send them (docs/tpu.md).
+"""
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from jaxllm.axes import MESH_AXES, make_abstract_mesh
+from jaxllm.model import check_mesh, stored_layers
+from jaxllm.tpu.chips import Slice, all_slices, rates_of
+from jaxllm.tpu.held import Held, splits_rows, unused_bytes
+from jaxllm.train.memory import show
+
+RESERVE = 0.1      # of what is held, for temporaries and the program: at most that much was seen of decode steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step on one mesh. Bytes are of a device."""
+    model: str
+    on: Slice
+    mesh: dict[str, int]
+    step: str
+    batch: int
+    context: int
+    tokens: int
+    held: dict[str, int]
+    needed: int                      # of what is held, that a step reads
+    sent: int
+    flops: float
+
+    @property
+    def peak(self) -> int:
+        return int((1 + RESERVE) * sum(self.held.values()))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.on.chip.usable_hbm.value
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what a step needs of a device, each at its full rate."""
+        rates = rates_of(self.on)
+        return {"HBM": self.needed / rates["HBM"], "arithmetic": self.flops / rates["arithmetic"],
+                "between chips": self.sent / rates["between chips"] if self.sent else 0.0}
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.seconds.values())
+
+    @property
+    def limit(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def tokens_s(self) -> float:
+        return self.batch * self.tokens / self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        names = "mesh", "step", "batch", "context", "tokens", "held", "needed", "sent", "flops"
+        fields = {name: getattr(self, name) for name in names}
+        return {"model": self.model, "on": self.on.name, **fields, "peak": self.peak,
+                "usable": self.on.chip.usable_hbm.value, "fits": self.fits, "seconds": self.seconds,
+                "step_seconds": self.step_seconds, "tokens_s": self.tokens_s, "limit": self.limit}
+
+    def row(self) -> str:
+        axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+        usable = show(self.on.chip.usable_hbm.value)
+        return (f"{self.on.name:14}{self.on.num_chips:5}  {axes:28}{show(self.peak):>9} of {usable:9}"
+                f"{1000 * self.step_seconds:10.2f} ms{self.tokens_s:12,.0f} tokens/s  {self.limit}")
+
+    def describe(self) -> str:
+        held = ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)
+        seconds = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.seconds.items())
+        return "\n".join([
+            f"{'held':14}{held}; with {RESERVE:.0%} for all else {show(self.peak)} of "
+            f"{show(self.on.chip.usable_hbm.value)} a device",
+            f"{'a step':14}reads {show(self.needed)}, sends {show(self.sent)}, {self.flops:.3g} FLOP a device",
+            f"{'at full rate':14}{seconds}: {self.limit} is what limits it"])
+
+
+def plans(held: Held, on: Slice, step: str, batch: int, context: int, tokens: int) -> list[Plan]:
+    """One for every mesh of the slice that the model can be split over; first those that fit, and of these the one that
+    would be fastest if nothing overlapped, since the bounds alone are often the same."""
+    found = [plan(held, on, mesh, step, batch, context, tokens) for mesh in meshes(held, on.num_devices, batch)]
+    return sorted(found, key=lambda x: (not x.fits, sum(x.seconds.values()) if x.fits else x.peak))
+
+
+def meshes(held: Held, num: int, batch: int) -> Iterator[AbstractMesh]:
+    for data in (n for n in range(1, num + 1) if num % n == 0 and batch % n == 0):
+        for expert in (n for n in range(1, num // data + 1) if num // data % n == 0):
+            mesh = make_abstract_mesh(dict(zip(MESH_AXES, (data, expert, num // data // expert), strict=True)))
+            try:
+                check_mesh(held.config, mesh)
+                held.weights(mesh)
+            except ValueError:      # not over this one
+                continue
+            yield mesh
+
+
+def plan(held: Held, on: Slice, mesh: AbstractMesh, step: str, batch: int, context: int, tokens: int) -> Plan:
+    config, weights = held.config, held.weights(mesh)
+    cache = held.cache(mesh, batch, context, 1 if step == "prefill" else tokens)
+    table = config.vocab_size * config.hidden_size * held.dtype.itemsize // on.num_devices
+    unused = unused_bytes(config, weights["experts"], table, batch * tokens)
+    needed = sum(weights.values()) - unused + cache
+    return Plan(held.name, on, dict(mesh.shape), step, batch, context, tokens, weights | {"cache": cache}, needed,
+                sent_bytes(held, mesh, batch, tokens), flops(held, batch, context, tokens) / on.num_devices)
+
+
+def flops(held: Held, batch: int, context: int, tokens: int) -> float:
+    """Of all devices: two for each parameter that a token uses, and attention to the whole context or window."""
+    seen = sum(count * layer.num_heads * (layer.head_dim + layer.v_head_dim) * min(layer.window or context, context)
+               for layer, count in held.count.items())
+    return 2.0 * batch * tokens * (held.config.count_parameters().active + seen)
+
+
+def sent_bytes(held: Held, mesh: AbstractMesh, batch: int, tokens: int) -> int:
+    """That a device sends in a step, as rings do it. Activations are sent in the model's dtype, what a device keeps a
+    part of (rows of q, k and v) and the router's scores in float32."""
+    config, D = held.config, held.config.hidden_size
+    size = held.dtype.itemsize
+    data, expert, tensor = (mesh.shape[axis] for axis in MESH_AXES)
+    rows, both = batch // data * tokens, expert * tensor
+
+    def gather(num: int, nbytes: float) -> float:
+        return nbytes * (num - 1) / num
+
+    def reduce(num: int, nbytes: float) -> float:
+        return 2 * gather(num, nbytes)
+
+    whole = rows * D * size
+    total = reduce(both, whole)                                     # the embedding's rows
+    for layer in stored_layers(config, mesh):
+        heads, kv, H, V = layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, layer.v_head_dim
+        if splits_rows(mesh, batch):
+            total += gather(expert, rows * (heads * H + kv * (H + V)) * 4) + gather(expert, rows * heads * V * size)
+        else:
+            total += reduce(expert, rows * (heads * H + kv * H) * size + rows * kv * V * 4)
+        total += reduce(tensor, whole / expert) + gather(expert, whole)      # the output projection, then all of D
+        total += reduce(both, whole)                                         # experts, or the dense hidden dim
+        if layer.is_moe:
+            assert config.n_routed_experts is not None
+            total += reduce(both, rows * config.n_routed_experts * 4)
+    weights = sum(held.weights(mesh).values())
+    return math.ceil(total + (data - 1) * weights)      # along data each device gets the parts of all others
+
+
+def smallest(held: Held, step: str, batch: int, context: int, tokens: int) -> list[Plan]:
+    """The best plan of every slice that the step fits, those of fewest chips first, of these the fastest."""
+    best = [found[0] for on in all_slices() if (found := plans(held, on, step, batch, context, tokens))]
+    return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))
