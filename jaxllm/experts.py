@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.grouped_matmul import grouped_matmul
+from jaxllm.kernels.grouped_matmul import grouped_matmul, is_of_words
 from jaxllm.linear import einsum, matmul
 from jaxllm.quant import Packed, Weight, take
 
@@ -87,7 +87,7 @@ def apply_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, ex
         return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
                                           cpu=experts_by_block, cuda=experts_on_gpu, rocm=experts_on_gpu,
                                           default=experts_by_ragged_dot)
-    if all(isinstance(w, Packed) for w in experts):
+    if all(isinstance(w, Packed) and is_of_words(w) for w in experts):
         return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
                                           tpu=experts_by_kernel, default=experts_by_block)
     return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # ragged_dot wants all experts decoded

@@ -91,8 +91,7 @@ def test_commands(checkout, capsys):
             assert printed.strip()
         if block.prints is not None:
             assert lines(printed) == lines(block.prints)
-    assert set(verbs) == {"convert", "verify", "export", "generate", "eval", "info", "train",
-                                             "tokenizer"}
+    assert set(verbs) == {"convert", "verify", "export", "generate", "eval", "info", "train", "tokenizer", "plan"}
 
 
 def test_commands_that_are_for_other_machines():

@@ -74,10 +74,15 @@ def check(x_RD: jax.Array, w: jax.Array | Packed, count_e: jax.Array) -> None:
         if w.dim != 1 or w.scale.shape[0] != w.shape[0] or (w.kind != "fp8" and w.scale.shape[2] != w.shape[2]):
             raise ValueError(f"a packed w must be paired and grouped along dim 1 of {w.shape}, not dim {w.dim} with "
                              f"scales {w.scale.shape}")
-        if w.shape[1] % 8 or (w.kind != "fp8" and w.shape[1] // w.scale.shape[1] % 4):
+        if not is_of_words(w):
             raise ValueError(f"D and groups must be whole words of codes: w {w.shape}, scales {w.scale.shape}")
     elif w.dtype != jnp.bfloat16:
         raise ValueError(f"w must be bfloat16 or packed, not {w.dtype}")
+
+
+def is_of_words(w: Packed) -> bool:
+    """Whether D and the groups of a packed w [e, D, I] are whole 32-bit words of codes, as a tile is decoded."""
+    return w.shape[1] % 8 == 0 and (w.kind == "fp8" or w.shape[1] // w.scale.shape[1] % 4 == 0)
 
 
 def choose_tile(size: int, most: int, unit: int) -> int:

@@ -170,13 +170,12 @@ def test_another_mesh_goes_on(tmp_path):
     """Within 1e-5 of the loss, as asked of a checkpoint that is restored onto another mesh."""
     folder = tmp_path / "run"
     train(settings(folder, steps=8, decay=0), progress=False)
-    before = losses(folder)
-    for step in (8,):      # done again on eight devices
-        (folder / f"checkpoints/{step}").rename(tmp_path / "away")
+    before, lines = losses(folder), (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "checkpoints/8").rename(tmp_path / "away")      # done again on eight devices, in its own time
     train(settings(folder, steps=8, decay=0, mesh="data=2,expert=2,tensor=2"), resume=True, progress=False)
     after = losses(folder)
     assert max(abs(a - b) for step in before for a, b in zip(before[step][:1], after[step][:1], strict=True)) <= 1e-5
-    assert before[8] != after[8] or len(jax.devices()) < 8
+    assert lines[-1] != (folder / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 def test_a_part_is_trained_and_the_rest_comes_from_where_it_began(undisturbed, tmp_path):

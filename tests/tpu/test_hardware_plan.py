@@ -28,8 +28,9 @@ def held(name: str) -> Held:
     return Held(name, config, stated_params(config))
 
 
-@pytest.mark.parametrize("mesh", ["expert=8,tensor=8", "data=2,expert=4,tensor=2", "tensor=16"])
-@pytest.mark.parametrize("name", ["MiMo-V2.6-Pro", "MiMo-V2-Flash", "MiMo-V2.5", "mimo-nano"])
+@pytest.mark.parametrize(("name", "mesh"), [
+    ("MiMo-V2.6-Pro", "expert=8,tensor=8"), ("MiMo-V2-Flash", "data=2,expert=4,tensor=2"), ("MiMo-V2.5", "tensor=16"),
+    ("mimo-nano", "expert=2,tensor=2"), ("mimo-nano", "tensor=16")])
 def test_bytes_are_those_of_every_layer(name, mesh):
     """One layer of each kind, counted as often as it occurs, is the whole model; or no mesh for it."""
     found, mesh = held(name), jaxllm.make_abstract_mesh(mesh)
