@@ -44,8 +44,12 @@ def spec(*names: str | None) -> PartitionSpec:
 
 def attention_rows(num: int) -> str:
     """The logical name of attention's batch dim, for so many rows on the mesh in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return "batch" if num % (mesh.shape["data"] * mesh.shape["expert"]) else "attention_batch"
+    return "attention_batch" if splits_rows(num, jax.sharding.get_abstract_mesh()) else "batch"
+
+
+def splits_rows(num: int, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether so many rows are split over `expert` too where attention works on them."""
+    return num % (mesh.shape["data"] * mesh.shape["expert"]) == 0
 
 
 def parse_mesh(text: str | Mapping[str, int] | None) -> dict[str, int]:

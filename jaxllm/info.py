@@ -76,13 +76,18 @@ def device_bytes(arrays: Mapping[str, Any]) -> list[str]:
     rows = {kind: [0, 0] for kind, _ in KINDS}
     for path, array in arrays.items():
         parameter = path.removesuffix(".codes").removesuffix(".scale")
-        row = rows[next(kind for kind, endings in KINDS if parameter.endswith(endings))]
+        row = rows[kind_of(parameter)]
         row[0] += math.prod(array.shape) * array.dtype.itemsize
         row[1] += math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
     rows = {kind: row for kind, row in rows.items() if row[0]}
     rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     lines = [f"{'':22}{'in all':>22}{'each device':>22}"]
     return lines + [f"{kind:22}{whole:22,}{part:22,}" for kind, (whole, part) in rows.items()]
+
+
+def kind_of(path: str) -> str:
+    """Of KINDS, that of a parameter."""
+    return next(kind for kind, endings in KINDS if path.endswith(endings))
 
 
 def _section(label: str, lines: Iterable[str]) -> str:
@@ -115,8 +120,7 @@ def _weights(source: Source | None, forms: Mapping[str, Any]) -> str:
     kinds: dict[str, list[str]] = {}
     for path, form in forms.items():
         if isinstance(form, Packed):
-            name = next(name for name, endings in KINDS if path.endswith(endings))
-            kinds.setdefault(form.kind, []).append(name)
+            kinds.setdefault(form.kind, []).append(kind_of(path))
     packed = "".join(f"; {', '.join(dict.fromkeys(names))} in {kind}" for kind, names in kinds.items())
     if source is None:
         return f"none in this folder{packed}"

@@ -13,7 +13,7 @@ from jaxllm.tpu.held import Held
 from jaxllm.tpu.plan import Plan, plan, plans, smallest
 from jaxllm.tpu.program import compile_step, devices_of, params_of
 from jaxllm.tpu.report import Report, report_of
-from jaxllm.tpu.steps import STEPS, new_tokens
+from jaxllm.tpu.steps import STEPS, Work, work_of
 from jaxllm.train.memory import show
 
 WEIGHTS = ("mxfp4", "fp8", "int4")
@@ -31,44 +31,43 @@ def add_plan(verbs: Verbs) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     held = held_of(args)
-    tokens = new_tokens(held.config, args.step, args.batch, args.context, args.tokens)
-    shape = args.step, args.batch, args.context, tokens
+    work = work_of(held.config, args.step, args.batch, args.context, args.tokens)
     if args.on == "all":
-        found = smallest(held, *shape)
+        found = smallest(held, work)
         if not found:
             raise ValueError(f"{args.model}: no slice of the table holds it with {args.batch} rows of {args.context}")
         print("\n".join(x.row() for x in found))
     else:
-        found = on_slice(held, slice_of(args.on), args.mesh, shape)
+        found = on_slice(held, slice_of(args.on), args.mesh, work)
         print("\n".join(x.row() for x in found[:1 + RUNNERS_UP]))
         print(found[0].describe())
     write(args, [x.to_dict() for x in found], found[0])
 
 
-def on_slice(held: Held, on: Slice, mesh: str | None, shape: tuple[str, int, int, int]) -> list[Plan]:
+def on_slice(held: Held, on: Slice, mesh: str | None, work: Work) -> list[Plan]:
     """Plans that fit, the best first. ValueError says by how much it does not, and what is the smallest that does."""
-    found = [on_mesh(held, on, mesh, shape)] if mesh else plans(held, on, *shape)
+    found = [on_mesh(held, on, mesh, work)] if mesh else plans(held, on, work)
     if not found:
         raise ValueError(f"{held.name}: no mesh over the {on.num_devices} devices of {on.name} splits the model and "
-                         f"{shape[1]} rows evenly")
+                         f"{work.batch} rows evenly")
     if fitting := [x for x in found if x.fits]:
         return fitting
     best, usable = found[0], on.chip.usable_hbm.value
-    larger = smallest(held, *shape)
+    larger = smallest(held, work)
     same = [x for x in larger if x.on.chip == on.chip] or larger
-    raise ValueError(f"{held.name} with {shape[1]} rows of {shape[2]} does not fit {on.name}: a device would hold "
-                     f"{show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
+    raise ValueError(f"{held.name} with {work.batch} rows of {work.context} does not fit {on.name}: a device would "
+                     f"hold {show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
                      + (f"the smallest that fits is {same[0].on.name}" if same else "no slice of the table holds it"))
 
 
-def on_mesh(held: Held, on: Slice, mesh: str, shape: tuple[str, int, int, int]) -> Plan:
-    abstract, batch = make_abstract_mesh(mesh), shape[1]
+def on_mesh(held: Held, on: Slice, mesh: str, work: Work) -> Plan:
+    abstract = make_abstract_mesh(mesh)
     check_mesh(held.config, abstract)
     if abstract.size != on.num_devices:
         raise ValueError(f"the mesh has {abstract.size} devices, but {on.name} has {on.num_devices}: all take part")
-    if batch % abstract.shape["data"]:
-        raise ValueError(f"batch = {batch} cannot be split over mesh axis data = {abstract.shape['data']}")
-    return plan(held, on, abstract, *shape)
+    if work.batch % abstract.shape["data"]:
+        raise ValueError(f"batch = {work.batch} cannot be split over mesh axis data = {abstract.shape['data']}")
+    return plan(held, on, abstract, work)
 
 
 def add_compile(verbs: Verbs) -> None:
@@ -82,11 +81,10 @@ def add_compile(verbs: Verbs) -> None:
 
 def run_compile(args: argparse.Namespace) -> None:
     on, config = slice_of(args.on), Config.from_hub(args.model)
-    tokens = new_tokens(config, args.step, args.batch, args.context, args.tokens)
+    work = work_of(config, args.step, args.batch, args.context, args.tokens)
     devices = devices_of(on)
-    mesh = args.mesh or on_slice(held_of(args), on, None, (args.step, args.batch, args.context, tokens))[0].mesh
-    program = compile_step(config, devices, mesh, args.step, args.batch, args.context, tokens,
-                           params_of(args.model, config, args.weights))
+    mesh = args.mesh or on_slice(held_of(args), on, None, work)[0].mesh
+    program = compile_step(config, devices, mesh, work, params_of(args.model, config, args.weights))
     report = report_of(program, Path(args.model).name, on)
     print(report.describe())
     write(args, report.to_dict(), report)

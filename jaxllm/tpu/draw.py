@@ -32,8 +32,7 @@ def draw(found: Plan | Report, file: str | os.PathLike[str]) -> None:
     times.margins(x=0.15)
     times.set(title="at the rates of the data sheet", xlabel="ms a step")
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
-    figure.suptitle(f"{found.step} of {found.model} on {found.on.name} ({mesh}): {found.batch} rows of {found.tokens}, "
-                    f"context {found.context:,}")
+    figure.suptitle(f"{found.work.step} of {found.model} on {found.on.name} ({mesh}): {found.work}")
     figure.savefig(Path(file), format="png", dpi=110)
 
 

@@ -7,18 +7,19 @@ import dataclasses
 import re
 from collections import Counter
 from functools import cache
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from jaxllm.axes import splits_rows
 from jaxllm.cache import num_slots
 from jaxllm.config import Config, LayerSpec
 from jaxllm.gathered import stored
 from jaxllm.generate.load import Params, abstract_model, as_stored
-from jaxllm.info import KINDS
+from jaxllm.info import KINDS, kind_of
 from jaxllm.model import stored_layer
 from jaxllm.paths import parameters
+from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import device_bytes
 
 
@@ -53,21 +54,12 @@ class Held:
             found[kind_of(path)] += times * device_bytes(as_stored(path, stored(leaf), self.params))
         return found
 
-    def cache(self, mesh: AbstractMesh, batch: int, context: int, in_flight: int = 1) -> int:
+    def cache(self, mesh: AbstractMesh, work: Work) -> int:
         """Bytes of a device's share of the cache."""
-        rows = batch // (mesh.shape["data"] * (mesh.shape["expert"] if splits_rows(mesh, batch) else 1))
-        return sum(rows * count * stored_layer(layer, mesh).num_kv_heads // mesh.shape["tensor"]
-                   * num_slots(layer, context, in_flight) * (layer.head_dim + layer.v_head_dim) * self.dtype.itemsize
-                   for layer, count in self.count.items())
-
-
-def splits_rows(mesh: Any, batch: int) -> bool:
-    """Whether attention's rows are split over `expert` too (jaxllm.axes.attention_rows)."""
-    return batch % (mesh.shape["data"] * mesh.shape["expert"]) == 0
-
-
-def kind_of(path: str) -> str:
-    return next(kind for kind, endings in KINDS if path.endswith(endings))
+        rows = work.batch // (mesh.shape["data"] * (mesh.shape["expert"] if splits_rows(work.batch, mesh) else 1))
+        slots = {layer: num_slots(layer, work.context, work.in_flight) for layer in self.count}
+        return sum(rows * count * stored_layer(layer, mesh).num_kv_heads // mesh.shape["tensor"] * slots[layer]
+                   * (layer.head_dim + layer.v_head_dim) * self.dtype.itemsize for layer, count in self.count.items())
 
 
 def unused_bytes(config: Config, experts: int, table: int, num_tokens: int) -> int:

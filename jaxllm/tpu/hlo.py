@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Iterator
 
-BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16,
-        "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "token": 0}
+BITS = {"token": 0, "opaque": 0, "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4, "s8": 8, "u8": 8,
+        "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64,
+        "c64": 64}
 ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 HEAD = re.compile(r"^\s*(ENTRY )?%?([^ ]+) \(.*\{\s*$")
 LINE = re.compile(r"^\s+(ROOT )?%([^ ]+) = ")
@@ -26,7 +27,9 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 32)
+        bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else None)
+        if bits is None:
+            raise ValueError(f"the compiled program has a buffer of {self.dtype}, whose size is not known here")
         return math.prod(self.shape) * bits // 8
 
     @property
@@ -79,7 +82,7 @@ class Module:
         name = name or self.entry
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
-                body, condition = self._loop(instruction)
+                body, condition = self.loop(instruction)
                 yield from self.executed(body, times * self.trips(condition))
             elif instruction.opcode in ("conditional", "call", "call-start", "async-start"):
                 for called in instruction.called:
@@ -93,7 +96,8 @@ class Module:
                      (found := re.match(r"\(?(-?\d+)\)?", x.operands[0] if x.operands else ""))]
         return max([1, *constants])
 
-    def _loop(self, instruction: Instruction) -> tuple[str, str]:
+    def loop(self, instruction: Instruction) -> tuple[str, str]:
+        """The body and the condition of a `while`."""
         found = {key: re.search(rf"{key}=%([\w.\-]+)", instruction.attributes) for key in ("body", "condition")}
         assert found["body"] and found["condition"], instruction
         return found["body"][1], found["condition"][1]

@@ -11,10 +11,11 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from jaxllm.axes import MESH_AXES, make_abstract_mesh
+from jaxllm.axes import MESH_AXES, make_abstract_mesh, splits_rows
 from jaxllm.model import check_mesh, stored_layers
 from jaxllm.tpu.chips import Slice, all_slices, rates_of
-from jaxllm.tpu.held import Held, splits_rows, unused_bytes
+from jaxllm.tpu.held import Held, unused_bytes
+from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
 
 RESERVE = 0.1      # of what is held, for temporaries and the program: at most that much was seen of decode steps
@@ -26,10 +27,7 @@ class Plan:
     model: str
     on: Slice
     mesh: dict[str, int]
-    step: str
-    batch: int
-    context: int
-    tokens: int
+    work: Work
     held: dict[str, int]
     needed: int                      # of what is held, that a step reads
     sent: int
@@ -60,12 +58,11 @@ class Plan:
 
     @property
     def tokens_s(self) -> float:
-        return self.batch * self.tokens / self.step_seconds
+        return self.work.num_tokens / self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        names = "mesh", "step", "batch", "context", "tokens", "held", "needed", "sent", "flops"
-        fields = {name: getattr(self, name) for name in names}
-        return {"model": self.model, "on": self.on.name, **fields, "peak": self.peak,
+        fields = {name: getattr(self, name) for name in ("mesh", "held", "needed", "sent", "flops")}
+        return {"model": self.model, "on": self.on.name, **dataclasses.asdict(self.work), **fields, "peak": self.peak,
                 "usable": self.on.chip.usable_hbm.value, "fits": self.fits, "seconds": self.seconds,
                 "step_seconds": self.step_seconds, "tokens_s": self.tokens_s, "limit": self.limit}
 
@@ -85,10 +82,10 @@ class Plan:
             f"{'at full rate':14}{seconds}: {self.limit} is what limits it"])
 
 
-def plans(held: Held, on: Slice, step: str, batch: int, context: int, tokens: int) -> list[Plan]:
+def plans(held: Held, on: Slice, work: Work) -> list[Plan]:
     """One for every mesh of the slice that the model can be split over; first those that fit, and of these the one that
     would be fastest if nothing overlapped, since the bounds alone are often the same."""
-    found = [plan(held, on, mesh, step, batch, context, tokens) for mesh in meshes(held, on.num_devices, batch)]
+    found = [plan(held, on, mesh, work) for mesh in meshes(held, on.num_devices, work.batch)]
     return sorted(found, key=lambda x: (not x.fits, sum(x.seconds.values()) if x.fits else x.peak))
 
 
@@ -104,30 +101,31 @@ def meshes(held: Held, num: int, batch: int) -> Iterator[AbstractMesh]:
             yield mesh
 
 
-def plan(held: Held, on: Slice, mesh: AbstractMesh, step: str, batch: int, context: int, tokens: int) -> Plan:
+def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> Plan:
     config, weights = held.config, held.weights(mesh)
-    cache = held.cache(mesh, batch, context, 1 if step == "prefill" else tokens)
+    cache = held.cache(mesh, work)
     table = config.vocab_size * config.hidden_size * held.dtype.itemsize // on.num_devices
-    unused = unused_bytes(config, weights["experts"], table, batch * tokens)
+    unused = unused_bytes(config, weights["experts"], table, work.num_tokens)
     needed = sum(weights.values()) - unused + cache
-    return Plan(held.name, on, dict(mesh.shape), step, batch, context, tokens, weights | {"cache": cache}, needed,
-                sent_bytes(held, mesh, batch, tokens), flops(held, batch, context, tokens) / on.num_devices)
+    return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache}, needed, sent_bytes(held, mesh, work),
+                flops(held, work) / on.num_devices)
 
 
-def flops(held: Held, batch: int, context: int, tokens: int) -> float:
+def flops(held: Held, work: Work) -> float:
     """Of all devices: two for each parameter that a token uses, and attention to the whole context or window."""
-    seen = sum(count * layer.num_heads * (layer.head_dim + layer.v_head_dim) * min(layer.window or context, context)
+    whole = work.context
+    seen = sum(count * layer.num_heads * (layer.head_dim + layer.v_head_dim) * min(layer.window or whole, whole)
                for layer, count in held.count.items())
-    return 2.0 * batch * tokens * (held.config.count_parameters().active + seen)
+    return 2.0 * work.num_tokens * (held.config.count_parameters().active + seen)
 
 
-def sent_bytes(held: Held, mesh: AbstractMesh, batch: int, tokens: int) -> int:
+def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
     """That a device sends in a step, as rings do it. Activations are sent in the model's dtype, what a device keeps a
     part of (rows of q, k and v) and the router's scores in float32."""
     config, D = held.config, held.config.hidden_size
     size = held.dtype.itemsize
     data, expert, tensor = (mesh.shape[axis] for axis in MESH_AXES)
-    rows, both = batch // data * tokens, expert * tensor
+    rows, both = work.num_tokens // data, expert * tensor
 
     def gather(num: int, nbytes: float) -> float:
         return nbytes * (num - 1) / num
@@ -139,7 +137,7 @@ def sent_bytes(held: Held, mesh: AbstractMesh, batch: int, tokens: int) -> int:
     total = reduce(both, whole)                                     # the embedding's rows
     for layer in stored_layers(config, mesh):
         heads, kv, H, V = layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, layer.v_head_dim
-        if splits_rows(mesh, batch):
+        if splits_rows(work.batch, mesh):
             total += gather(expert, rows * (heads * H + kv * (H + V)) * 4) + gather(expert, rows * heads * V * size)
         else:
             total += reduce(expert, rows * (heads * H + kv * H) * size + rows * kv * V * 4)
@@ -152,7 +150,7 @@ def sent_bytes(held: Held, mesh: AbstractMesh, batch: int, tokens: int) -> int:
     return math.ceil(total + (data - 1) * weights)      # along data each device gets the parts of all others
 
 
-def smallest(held: Held, step: str, batch: int, context: int, tokens: int) -> list[Plan]:
+def smallest(held: Held, work: Work) -> list[Plan]:
     """The best plan of every slice that the step fits, those of fewest chips first, of these the fastest."""
-    best = [found[0] for on in all_slices() if (found := plans(held, on, step, batch, context, tokens))]
+    best = [found[0] for on in all_slices() if (found := plans(held, on, work))]
     return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))

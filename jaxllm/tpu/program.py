@@ -27,7 +27,7 @@ from jaxllm.info import held_source
 from jaxllm.model import Transformer
 from jaxllm.paths import parameter_path, parameters
 from jaxllm.tpu.chips import Slice
-from jaxllm.tpu.steps import new_tokens
+from jaxllm.tpu.steps import Work
 
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",      # else it asks the network what machine this is
@@ -42,10 +42,7 @@ class Program:
     compiled: jax.stages.Compiled
     config: Config
     mesh: Mesh
-    step: str
-    batch: int                   # rows
-    context: int                 # tokens of a row that its cache has room for
-    tokens: int                  # new ones of a row
+    work: Work
     weights: dict[str, Any]      # path -> abstract leaf as it is stored, packed or not
     cache: Any
     seconds: float               # to lower and to compile
@@ -94,28 +91,25 @@ def abstract_weights(config: Config, mesh: Mesh, params: Params, dtype: jnp.dtyp
         lambda path, leaf: gathered(held[parameter_path(path)], leaf.sharding.spec), model), held
 
 
-def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None,
-                 step: str = "decode", batch: int = 64, context: int = 32768, tokens: int | None = None,
+def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None, work: Work,
                  params: Params | None = None) -> Program:
-    """A step of `batch` rows whose cache holds `context` tokens each, compiled for these devices.
+    """A step compiled for these devices.
 
-    step: "decode", one token a row; "verify", `tokens` a row (default 4), as of drafts; "prefill", a chunk of `tokens`
-    (default 4096). params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
+    params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
     Errors: ValueError for what does not fit the mesh; jax.errors.JaxRuntimeError if the compiler finds too little HBM.
     """
-    tokens = new_tokens(config, step, batch, context, tokens)
     if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
         raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
     place, dtype = make_mesh(mesh, devices), jnp.dtype(config.dtype)
     model, held = abstract_weights(config, place, stated_params(config) if params is None else params, dtype)
-    cache = _on(place, jax.eval_shape(lambda: init_cache(config, place.abstract_mesh, batch, context,
-                                                         1 if step == "prefill" else tokens, dtype)))
+    cache = _on(place, jax.eval_shape(lambda: init_cache(config, place.abstract_mesh, work.batch, work.context,
+                                                         work.in_flight, dtype)))
     begin = time.perf_counter()
     with jax.set_mesh(place):
-        lowered = jax.jit(prefill, donate_argnums=1).lower(
-            model, cache, _int32(place, (batch, tokens), "batch", None), _int32(place, (batch,), "batch"))
-        compiled = lowered.compile()
-    return Program(compiled, config, place, step, batch, context, tokens, held, cache, time.perf_counter() - begin)
+        tokens_BT, length_B = (_int32(place, (work.batch, work.tokens), "batch", None),
+                               _int32(place, (work.batch,), "batch"))
+        compiled = jax.jit(prefill, donate_argnums=1).lower(model, cache, tokens_BT, length_B).compile()
+    return Program(compiled, config, place, work, held, cache, time.perf_counter() - begin)
 
 
 def _int32(mesh: Mesh, shape: tuple[int, ...], *names: str | None) -> jax.ShapeDtypeStruct:

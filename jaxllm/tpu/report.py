@@ -6,11 +6,12 @@ the routed rows can choose) and each cache byte once.
 import dataclasses
 from typing import Any
 
-from jaxllm.info import KINDS
+from jaxllm.info import KINDS, kind_of
 from jaxllm.tpu.chips import Slice, rates_of
-from jaxllm.tpu.held import kind_of, unused_bytes
+from jaxllm.tpu.held import unused_bytes
 from jaxllm.tpu.hlo import parse
 from jaxllm.tpu.program import Program
+from jaxllm.tpu.steps import Work
 from jaxllm.tpu.traffic import Collective, Large, Traffic
 from jaxllm.train.memory import device_bytes, show
 
@@ -23,10 +24,7 @@ class Report:
     model: str
     on: Slice
     mesh: dict[str, int]
-    step: str
-    batch: int
-    context: int
-    tokens: int
+    work: Work
     compile_seconds: float
     held: dict[str, int]              # arguments by kind: of parameters, and the cache
     memory: dict[str, int]            # as the compiler counts: arguments, temporaries, aliased, peak; and usable
@@ -53,16 +51,16 @@ class Report:
                 "between chips": sum(x.nbytes for x in self.collectives) / rates["between chips"]}
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"on": self.on.name, "collectives": [dataclasses.asdict(x) for x in self.collectives],
-                         "large": [dataclasses.asdict(x) for x in self.large], "ratio": self.ratio, "fits": self.fits,
-                         "seconds": self.seconds}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "work"}
+        lists = {name: [dataclasses.asdict(x) for x in fields[name]] for name in ("collectives", "large")}
+        return fields | dataclasses.asdict(self.work) | lists | {
+            "on": self.on.name, "ratio": self.ratio, "fits": self.fits, "seconds": self.seconds}
 
     def describe(self) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         rows = [
-            ("program", f"{self.step} of {self.model}, {self.batch} rows of {self.tokens} new tokens and a context of "
-                        f"{self.context}, on {self.on.name} as {axes}; compiled in {self.compile_seconds:.0f} s"),
+            ("program", f"{self.work.step} of {self.model}, {self.work}, on {self.on.name} as {axes}; compiled "
+                        f"in {self.compile_seconds:.0f} s"),
             ("memory", f"peak {show(self.memory['peak'])} of {show(self.memory['usable'])} a device: arguments "
                        f"{show(self.memory['arguments'])}, temporaries {show(self.memory['temporaries'])}"),
             ("held", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)),
@@ -80,8 +78,7 @@ def report_of(program: Program, model: str, on: Slice, large: int = LARGE) -> Re
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
     traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"})
     return Report(
-        model, on, dict(program.mesh.shape), program.step, program.batch, program.context, program.tokens,
-        program.seconds, held_bytes(program),
+        model, on, dict(program.mesh.shape), program.work, program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
          "usable": int(on.chip.usable_hbm.value)},
@@ -100,5 +97,5 @@ def least_bytes(program: Program) -> dict[str, int]:
     """What a step cannot do without, on a device: bytes of weights and of the cache."""
     weights = {path: device_bytes(leaf) for path, leaf in program.weights.items()}
     experts = sum(nbytes for path, nbytes in weights.items() if kind_of(path) == "experts")
-    unused = unused_bytes(program.config, experts, weights["embed_WD"], program.batch * program.tokens)
+    unused = unused_bytes(program.config, experts, weights["embed_WD"], program.work.num_tokens)
     return {"weights": sum(weights.values()) - unused, "cache": device_bytes(program.cache)}

@@ -5,6 +5,7 @@ a slice of an operand reads the slice; one that updates a slice in place writes 
 its own cost estimate says. Whose bytes they are is known by following a buffer back to the program's parameter.
 """
 import dataclasses
+import math
 import re
 from collections import Counter
 from functools import cache
@@ -182,10 +183,9 @@ class Traffic:
             if root.opcode == "fusion":
                 body = self.module.computations[root.called[0]]
                 root = self.module.root(root.called[0])
+            elif body is None or not root.operands:
+                return 0
             else:
-                assert body is not None or root.opcode != "fusion"
-                if body is None or not root.operands:
-                    return 0
                 root = body[root.operands[0]]
         if root.opcode not in UPDATES or body is None and instruction.opcode not in UPDATES:
             return 0
@@ -249,13 +249,13 @@ def kernel_bytes(instruction: Instruction) -> int | None:
 
 def ring_bytes(kind: str, instruction: Instruction) -> int:
     """That each device sends: of n devices a ring moves (n - 1) / n of the whole, for an all-reduce twice."""
-    size = group_size(instruction)
     buffers = instruction.outputs
+    if kind == "collective-permute":
+        return buffers[0].nbytes
+    size = group_size(instruction)
     if instruction.opcode.endswith("-start"):
         buffers = buffers[len(buffers) // 2:] if kind != "all-reduce" else buffers
     whole = sum(buffer.nbytes for buffer in buffers) * (size if kind == "reduce-scatter" else 1)
-    if kind == "collective-permute":
-        return sum(buffer.nbytes for buffer in buffers[:1])
     return whole * (size - 1) // size * (2 if kind == "all-reduce" else 1)
 
 
@@ -268,10 +268,7 @@ def group_size(instruction: Instruction) -> int:
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", found[1]))
-        axes = re.findall(r"\w+", found[2])
-        size = 1
-        for axis in axes:
-            size *= int(sizes.get(axis, 1))
-        return size
-    return 1
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", found[2]))
+    raise ValueError(f"the compiled program's {instruction.opcode} {instruction.name} names its devices in a form that "
+                     "is not known here")
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 from oracle import check, normal, wide
 
-from jaxllm.attention import attend_cached
+from jaxllm.attention import attend_cached, attend_slots_by_kernel
 from jaxllm.axes import make_mesh, spec
 from jaxllm.cache import LayerCache, write
 from jaxllm.kernels import cache_write, decode_attention
@@ -128,28 +128,21 @@ def test_decoding_with_drafts_taken_back(window, S, mesh):
     b, n, k, H, V, T = 4, 8, 2, 12, 8, 4
     data, heads = spec("batch"), spec("batch", None, "heads", None)
     cache_spec = spec("batch", "kv_heads", None, None)
-
-    def step(q, k_cache, v_cache, new_k, new_v, start_b, end_b, sink_n):
-        k_cache, v_cache = write_cache(k_cache, v_cache, new_k, new_v, start_b, end_b, interpret=True)
-        out = decode_attention.decode_attention(q, k_cache, v_cache, start_b, end_b, window, sink_n, interpret=True)
-        return out, k_cache, v_cache
-
     with jax.set_mesh(make_mesh(mesh)):
-        out_specs = heads, cache_spec, cache_spec      # interpret mode does not keep track of what varies over a mesh
-        ours = jax.jit(lambda *args: jax.shard_map(step, out_specs=out_specs, check_vma=False)(*args))
+        ours = jax.jit(partial(attend_slots_by_kernel, window, interpret=True))
         theirs = jax.jit(attend_cached, static_argnames="window")
-        stored = [jax.device_put(np.full(shape, GARBAGE), cache_spec) for shape in ((b, k, H, S), (b, k, S, V))]
-        cache, sink = LayerCache(*stored), jax.device_put(normal(rng, n), spec("heads"))
+        ours_cache = cache = LayerCache(*(jax.device_put(np.full(shape, GARBAGE), cache_spec)
+                                          for shape in ((b, k, H, S), (b, k, S, V))))
+        sink = jax.device_put(normal(rng, n), spec("heads"))
         length_b = np.zeros(b, np.int32)
         for _ in range(12):
             count_b, accepted_b = rng.integers(1, T + 1, (2, b), np.int32)
             start_b, end_b = (jax.device_put(x, data) for x in (length_b, length_b + count_b))
             q, new_k, new_v = (jax.device_put(normal(rng, b, T, *shape), heads) for shape in ((n, H), (k, H), (k, V)))
-            out, *stored = ours(q, *stored, new_k, new_v, start_b, end_b, sink)
+            out, ours_cache = ours(q, new_k, new_v, start_b, end_b, ours_cache, sink)
             expected, cache = theirs(q, new_k, new_v, start_b, end_b, cache, window=window, sink_N=sink)
             check(out, np.asarray(expected), "float32")         # both in float32, sums of other orders
-            for x, y in zip(stored, (cache.k_BKHS, cache.v_BKSV), strict=True):
-                np.testing.assert_array_equal(x, y)
+            jax.tree.map(np.testing.assert_array_equal, ours_cache, cache)
             length_b = length_b + np.minimum(count_b, accepted_b)
 
 

@@ -15,6 +15,7 @@ from jaxllm.tpu.held import Held
 from jaxllm.tpu.plan import plans
 from jaxllm.tpu.program import compile_step, devices_of
 from jaxllm.tpu.report import LARGE, report_of
+from jaxllm.tpu.steps import work_of
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SOME = 14 * 2**20                        # bytes: one stack of experts has 36 MiB or more here, one of a cache's 64
@@ -25,8 +26,9 @@ def compiled(name: str, on: str, batch: int, context: int):
     on = slice_of(on)
     config = Config.from_dict(first_layers(CONFIGS / name, 4), name)
     held = Held(name, config, stated_params(config))
-    best = plans(held, on, "decode", batch, context, 1)[0]
-    program = compile_step(config, devices_of(on), best.mesh, "decode", batch, context)
+    work = work_of(config, "decode", batch, context)
+    best = plans(held, on, work)[0]
+    program = compile_step(config, devices_of(on), best.mesh, work)
     return best, report_of(program, name, on, large=SOME)
 
 

@@ -17,9 +17,11 @@ from jaxllm.paths import parameters
 from jaxllm.tpu.chips import slice_of
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.plan import flops, plan, plans, sent_bytes
+from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import device_bytes
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
+DECODE = Work("decode", 64, 32768, 1)
 PRO = str(CONFIGS / "MiMo-V2.6-Pro")
 
 
@@ -50,7 +52,8 @@ def test_bytes_are_those_of_every_layer(name, mesh):
 def test_cache_is_that_of_real_arrays(mesh, batch):
     config = Config.from_dict(tiny_config(), "tiny")
     cache = jaxllm.init_cache(config, jaxllm.make_mesh(mesh), batch, 300, 2, jnp.dtype(config.dtype))
-    found = Held("tiny", config, stated_params(config)).cache(jaxllm.make_abstract_mesh(mesh), batch, 300, 2)
+    held, work = Held("tiny", config, stated_params(config)), Work("verify", batch, 300, 2)
+    found = held.cache(jaxllm.make_abstract_mesh(mesh), work)
     assert found == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache.layers))
 
 
@@ -58,19 +61,20 @@ def test_work_of_a_step():
     """Two operations for each active parameter and token, and for each number of keys and values that a query meets."""
     pro = held("MiMo-V2.6-Pro")
     attention = 128 * (192 + 128) * (10 * 32768 + 60 * 128)
-    assert flops(pro, 64, 32768, 1) == 2 * 64 * (41_731_227_648 + attention)
+    assert flops(pro, DECODE) == 2 * 64 * (41_731_227_648 + attention)
     alone = jaxllm.make_abstract_mesh(None)
-    assert sent_bytes(pro, alone, 64, 1) == 0      # nothing on one device
-    found = plan(pro, slice_of("v6e:8x8"), jaxllm.make_abstract_mesh("expert=8,tensor=8"), "decode", 64, 32768, 1)
+    assert sent_bytes(pro, alone, DECODE) == 0      # nothing on one device
+    found = plan(pro, slice_of("v6e:8x8"), jaxllm.make_abstract_mesh("expert=8,tensor=8"), DECODE)
     assert found.seconds["HBM"] == found.needed / 1638e9 and found.limit == "HBM"
     assert found.tokens_s == 64 / found.step_seconds
-    few = plan(pro, slice_of("v6e:8x8"), jaxllm.make_abstract_mesh("expert=8,tensor=8"), "decode", 1, 32768, 1)
+    few = plan(pro, slice_of("v6e:8x8"), jaxllm.make_abstract_mesh("expert=8,tensor=8"),
+               Work("decode", 1, 32768, 1))
     read = few.needed - few.held["cache"] - (sum(few.held.values()) - few.held["cache"] - few.held["experts"])
     assert read == pytest.approx(few.held["experts"] * 8 / 384, rel=0.2)      # one token reads 8 experts, and no table
 
 
 def test_the_best_mesh_comes_first():
-    found = plans(held("MiMo-V2.6-Pro"), slice_of("v6e:8x8"), "decode", 64, 32768, 1)
+    found = plans(held("MiMo-V2.6-Pro"), slice_of("v6e:8x8"), DECODE)
     assert found[0].mesh == {"data": 1, "expert": 8, "tensor": 8} and found[0].fits
     fitting = [sum(x.seconds.values()) for x in found if x.fits]
     assert fitting == sorted(fitting) and len({tuple(x.mesh.values()) for x in found}) == len(found) > 10

@@ -103,7 +103,7 @@ def test_a_real_program():
         return jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ model[i]), x)
     model, x = jnp.ones((7, 256, 256)), jnp.ones((4, 256))
     module = parse(jax.jit(step).lower(model, x).compile().as_text())
-    assert 7 in {module.trips(module._loop(loop)[1]) for body in module.computations.values()
+    assert 7 in {module.trips(module.loop(loop)[1]) for body in module.computations.values()
                  for loop in body.values() if loop.opcode == "while"}
     moved = Traffic(module, {"model": "weights"}).by_class()
     assert 7 * 256 * 256 * 4 <= moved["weights"] + moved["copies"] + moved["activations"] <= 4 * 7 * 256 * 256 * 4
