@@ -96,7 +96,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapp
     """A step compiled for these devices.
 
     params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
-    Errors: ValueError for what does not fit the mesh; jax.errors.JaxRuntimeError if the compiler finds too little HBM.
+    Errors: ValueError for what does not fit the mesh, and if the compiler finds too little HBM.
     """
     if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
         raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
@@ -108,8 +108,19 @@ def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapp
     with jax.set_mesh(place):
         tokens_BT, length_B = (_int32(place, (work.batch, work.tokens), "batch", None),
                                _int32(place, (work.batch,), "batch"))
-        compiled = jax.jit(prefill, donate_argnums=1).lower(model, cache, tokens_BT, length_B).compile()
+        compiled = _compile(jax.jit(prefill, donate_argnums=1).lower(model, cache, tokens_BT, length_B))
     return Program(compiled, config, place, work, held, cache, time.perf_counter() - begin)
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not said.startswith("RESOURCE_EXHAUSTED: "):
+            raise
+        raise ValueError(f"does not fit: {said.removeprefix('RESOURCE_EXHAUSTED: ')} Take a larger slice, another "
+                         f"mesh, fewer rows or less context; `jaxllm plan` tells what fits") from error
 
 
 def _int32(mesh: Mesh, shape: tuple[int, ...], *names: str | None) -> jax.ShapeDtypeStruct:

@@ -1,10 +1,15 @@
 """What `jaxllm compile` refuses, before it compiles anything, and what libtpu in other hands changes: nothing."""
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jaxllm.cli import main
+
+LIBTPU = Path(sys.prefix, "libtpu")
 
 CONFIG = str(Path(__file__).parent.parent.parent / "configs" / "MiMo-V2.6-Pro")
 
@@ -23,6 +28,30 @@ CONFIG = str(Path(__file__).parent.parent.parent / "configs" / "MiMo-V2.6-Pro")
 def test_refused(libtpu, capsys, arguments, message):
     assert main(["compile", CONFIG, *arguments]) == 2
     assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_too_little_memory(libtpu, capsys):
+    """A mesh that is asked for is compiled for, whatever the plan says; what the compiler finds is one line."""
+    nano = str(Path(CONFIG).parent / "mimo-nano")
+    assert main(["compile", nano, "--on", "v6e:2x2", "--mesh", "expert=4", "--batch", "65536", "--context",
+                 "4096"]) == 2
+    assert "exceeds available HBM (31.25G)" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_while_another_process_holds_libtpu(libtpu):
+    """libtpu lets one process in, by a lock file; compiling needs no device, and goes on."""
+    def python(*arguments):
+        return subprocess.Popen([sys.executable, *arguments], env=env, stdin=-1, stdout=-1, stderr=-1, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
+    env |= {"PYTHONPATH": str(LIBTPU), "TPU_SKIP_MDS_QUERY": "1"}
+    hold = ("import sys; from jax.experimental import topologies as t; "
+            "print(len(t.get_topology_desc('v6e:2x2', platform='tpu').devices), flush=True); sys.stdin.read()")
+    with python("-c", hold) as holder:
+        assert holder.stdout.readline() == "4\n"
+        with python("-c", hold) as another, python("-m", "jaxllm", "compile", CONFIG, "--on", "v6e:8x8", "--mesh",
+                                                   "expert=7") as ours:
+            assert "libtpu_lockfile" in another.communicate()[1] and another.returncode
+            assert "the mesh has 7 devices, but the slice has 64" in ours.communicate()[1] and ours.returncode == 2
 
 
 def test_without_libtpu(monkeypatch, capsys):
