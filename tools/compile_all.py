@@ -1,9 +1,11 @@
-"""Every full-size program that docs/tpu.md has a row of, compiled for slices that are not here; the table of them all.
+"""Every program that docs/tpu.md has a row of, compiled for slices that are not here, each beside its plan: two tables.
 
     python tools/compile_all.py [--only TEXT] [--out build/aot]
 
-One `jaxllm compile` after the other, minutes each; what is in the folder already is not compiled again. --only: those
-whose name, as in MiMo-V2.6-Pro.mxfp4.v6e-8x8.decode, has TEXT in it. Needs libtpu: `make aot` puts it in place.
+First the released models whole, minutes each; then the first four layers of them in more combinations of slice,
+weights, batch and context. One `jaxllm compile` after the other; what is in the folder already is not compiled again.
+--only: those whose name, as in MiMo-V2.6-Pro.mxfp4.v6e-8x8.decode, has TEXT in it. Needs libtpu: `make aot` puts it in
+place.
 """
 import argparse
 import json
@@ -11,37 +13,116 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from jaxllm.axes import make_abstract_mesh
+from jaxllm.config import Config
+from jaxllm.tpu.chips import slice_of
+from jaxllm.tpu.held import Held
+from jaxllm.tpu.plan import Plan, plan
+from jaxllm.tpu.program import params_of
+from jaxllm.tpu.steps import work_of
+
 ROOT = Path(__file__).parent.parent
-PRO, FLASH = ("MiMo-V2.5-Pro", "MiMo-V2.6-Pro"), ("MiMo-V2-Flash", "MiMo-V2.5", "MiMo-V2.6-Flash")
-SLICES = ("v6e:8x8", "tpu7x:2x4x2")
+PRO, FLASH = "MiMo-V2.6-Pro", "MiMo-V2-Flash"      # V2.5-Pro's programs are those of V2.6-Pro, V2.5's and V2.6-Flash's
+SLICES = ("v6e:8x8", "tpu7x:2x4x2")                # those of V2-Flash up to constants: tests/tpu/test_same_programs.py
 SMALL = ("v6e:4x4", "v5p:2x2x4")                   # that hold the smaller models too
-STEPS = {"decode": ["--batch", "64"], "prefill": ["--batch", "1", "--tokens", "4096"]}
+LAYERS = 4                                         # full attention and dense MLP, then sliding and experts
 MIB = 2**20
+COMBINATIONS = """
+Pro   mxfp4 v6e:8x8     decode    8    4096
+Pro   mxfp4 v6e:8x8     decode  512    8192
+Pro   mxfp4 v6e:8x8     decode    1 1048576
+Pro   fp8   v6e:16x16   decode  256    8192
+Pro   int4  v6e:4x8     decode   32   16384
+Pro   mxfp4 v5e:8x16    decode   64    4096
+Pro   mxfp4 v5p:2x2x4   decode   16  131072
+Pro   fp8   tpu7x:2x2x4 decode  128    8192
+Pro   fp8   tpu7x:2x4x2 decode    4 1048576
+Flash fp8   v5e:4x8     decode   32    4096
+Flash mxfp4 v5e:4x4     decode   64    8192
+Flash int4  v6e:2x4     decode    8   32768
+Flash fp8   v6e:4x4     decode  256    4096
+Flash mxfp4 v6e:4x4     decode    3    8192
+Flash fp8   v6e:8x8     decode    1  262144
+Flash fp8   v5p:2x2x2   decode  100    4096
+Flash mxfp4 v5p:2x2x1   decode   16   65536
+Flash fp8   tpu7x:2x2x1 decode   64   16384
+Pro   mxfp4 v6e:8x8     prefill   4    8192
+Flash fp8   v6e:4x4     prefill   2   32768
+Flash mxfp4 v5e:4x4     prefill   1   16384
+Pro   mxfp4 v6e:8x8     verify   32   16384
+Flash fp8   v6e:4x4     verify   32   16384
+"""
 
 
-def programs() -> Iterator[tuple[str, list[str]]]:
-    """(name, arguments of `jaxllm compile`)"""
-    for model in PRO + FLASH:
+@dataclass(frozen=True)
+class Case:
+    model: str
+    weights: str
+    on: str
+    step: str = "decode"
+    batch: int = 64
+    context: int = 32768
+    layers: int | None = None      # the first ones; None: all
+
+    @property
+    def name(self) -> str:
+        sizes = "" if self.layers is None else f".{self.batch}x{self.context}.{self.layers}-layers"
+        return f"{self.model}.{self.weights}.{self.on.replace(':', '-')}.{self.step}{sizes}"
+
+    def folder(self, out: Path) -> Path:
+        whole = ROOT / "configs" / self.model
+        if self.layers is None:
+            return whole
+        stated = json.loads((whole / "config.json").read_text())
+        stated |= {key: stated[key][:self.layers] for key in ("hybrid_layer_pattern", "moe_layer_freq")}
+        cut = out / f"{self.model}-{self.layers}-layers"
+        cut.mkdir(exist_ok=True)
+        (cut / "config.json").write_text(json.dumps(stated | {"num_hidden_layers": self.layers}))
+        return cut
+
+    def plan(self, out: Path, mesh: dict[str, int]) -> Plan:
+        folder = str(self.folder(out))
+        config = Config.from_hub(folder)
+        held = Held(self.model, config, params_of(folder, config, self.weights))
+        return plan(held, slice_of(self.on), make_abstract_mesh(mesh),
+                    work_of(config, self.step, self.batch, self.context))
+
+    def arguments(self, out: Path) -> list[str]:
+        return [str(self.folder(out)), "--on", self.on, "--weights", self.weights, "--step", self.step, "--batch",
+                str(self.batch), "--context", str(self.context)]
+
+
+def whole_models() -> Iterator[Case]:
+    for model in (PRO, FLASH):
         for weights in ("mxfp4", "fp8"):
-            for on in SLICES + (SMALL if model in FLASH else ()):
-                for step, shape in STEPS.items():
-                    yield (f"{model}.{weights}.{on.replace(':', '-')}.{step}",
-                           [str(ROOT / "configs" / model), "--on", on, "--weights", weights, "--step", step,
-                            "--context", "32768", *shape])
+            for on in SLICES + (SMALL if model == FLASH else ()):
+                yield Case(model, weights, on)
+                yield Case(model, weights, on, "prefill", 1)
 
 
-def row(name: str, file: Path) -> str:
+def first_layers() -> Iterator[Case]:
+    for line in COMBINATIONS.strip().splitlines():
+        model, weights, on, step, batch, context = line.split()
+        yield Case({"Pro": PRO, "Flash": FLASH}[model], weights, on, step, int(batch), int(context), LAYERS)
+
+
+def row(case: Case, out: Path) -> str:
+    file = out / f"{case.name}.json"
     if not file.exists():
-        return f"| {name} | does not compile: {file.with_suffix('.txt').read_text().splitlines()[-1][:150]} |"
+        return f"| {case.name} | does not compile: {file.with_suffix('.txt').read_text().splitlines()[-1][:150]} |"
     found = json.loads(file.read_text())
     memory, mesh = found["memory"], " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
     sizes = [memory[kind] / MIB for kind in ("arguments", "temporaries", "peak")]
     moved = sum(found["moved"].values()) / MIB
     sent = ", ".join(f"{x['count']} {x['kind']} {x['nbytes'] / MIB:.1f}" for x in found["collectives"])
-    return (f"| {name} | {mesh} | {found['compile_seconds']:.0f} | " + " | ".join(f"{size:,.0f}" for size in sizes)
-            + f" | {moved:,.0f} | {found['ratio']:.2f} | {sent} |")
+    planned = case.plan(out, found["mesh"])
+    ratios = (sum(planned.held.values()) / memory["arguments"], planned.peak / memory["peak"],
+              planned.sent / max(1, sum(x["nbytes"] for x in found["collectives"])))
+    return (f"| {case.name} | {mesh} | {found['compile_seconds']:.0f} | " + " | ".join(f"{size:,.0f}" for size in sizes)
+            + f" | {moved:,.0f} | {found['ratio']:.2f} | {sent} | " + " | ".join(f"{x:.3f}" for x in ratios) + " |")
 
 
 def main() -> None:
@@ -51,19 +132,19 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"PYTHONPATH": str(Path(sys.prefix, "libtpu"))}
-    rows = []
-    for name, arguments in programs():
-        if args.only not in name:
-            continue
-        file = args.out / f"{name}.json"
-        if not file.exists():
-            done = subprocess.run([sys.executable, "-m", "jaxllm", "compile", *arguments, "--json", file, "--png",
-                                   file.with_suffix(".png")], env=env, capture_output=True, text=True)
-            file.with_suffix(".txt").write_text(done.stdout + done.stderr)
-        rows.append(row(name, file))
-        print(rows[-1], flush=True)
-    print("\n| program | mesh | compiled in s | arguments MiB | temporaries | peak | moved | of the least | sent |\n"
-          "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows))
+    for cases in (whole_models(), first_layers()):
+        print("\n| program | mesh | compiled in s | arguments MiB | temporaries | peak | moved | of the least | sent "
+              "| plan over compiler: arguments | peak | sent |\n|" + "---|" * 12, flush=True)
+        for case in cases:
+            if args.only not in case.name:
+                continue
+            file = args.out / f"{case.name}.json"
+            if not file.exists():
+                command = [sys.executable, "-m", "jaxllm", "compile", *case.arguments(args.out), "--json", str(file),
+                           "--png", str(file.with_suffix(".png"))]
+                done = subprocess.run(command, env=env, capture_output=True, text=True)
+                file.with_suffix(".txt").write_text(done.stdout + done.stderr)
+            print(row(case, args.out), flush=True)
 
 
 if __name__ == "__main__":
