@@ -9,7 +9,8 @@ The mesh always has the three axes `data` (batch), `expert` (experts) and `tenso
 vocabulary and the dense hidden dim are large and belong to no head and no expert, so they use both of the latter.
 Attention has no experts, and a router neither heads nor experts of its own: along what is left of the two, they are
 split by D, and the partial products are added. What attention computes, and its cache, is split by rows along `expert`
-too, where their number divides.
+too, where their number divides. Where it does not, a full layer's cache is split there by slots: each place attends to
+its part of the context (context parallelism).
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     "batch": "data",
     "attention_batch": ("data", "expert"),
+    "slots": "expert",
     "vocab": ("expert", "tensor"),
     "embed": None,
     "attention_embed": "expert",

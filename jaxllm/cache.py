@@ -6,13 +6,17 @@ whatever the context.
 Which position a slot holds follows from how many tokens the row has, so no positions are stored; a token that is taken
 back (a rejected draft) is forgotten by lowering `length_B`, since its slot then reads as a position outside every
 window. K is stored at its width H and V at its own, V.
+
+Rows too few to be split over `expert` would lie on all its places. Sliding layers' do, which are small; a full layer's
+slots are split there instead, place i of e holding the positions i*S/e .. (i+1)*S/e - 1.
 """
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
-from jaxllm.axes import attention_rows, spec
+from jaxllm.axes import attention_rows, spec, splits_rows
 from jaxllm.config import Config, LayerSpec
 
 TILE = 128      # slots of a TPU's tile: of arrays that are not made of these XLA copies all before a kernel reads them
@@ -21,7 +25,7 @@ TILE = 128      # slots of a TPU's tile: of arrays that are not made of these XL
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's slots; the S dim is not split. K lies transposed: both products of a decode step then read rows."""
+    """One layer's slots. K lies transposed: both products of a decode step then read rows."""
     k_BKHS: jax.Array
     v_BKSV: jax.Array
 
@@ -38,26 +42,37 @@ class Cache:
     length_B: jax.Array
 
 
-def num_slots(layer: LayerSpec, max_len: int, in_flight: int = 1) -> int:
-    """S of one layer for rows of up to `max_len` tokens, of which a decode step writes up to `in_flight`; from TILE on
-    whole tiles."""
+def num_slots(layer: LayerSpec, max_len: int, in_flight: int = 1, places: int = 1) -> int:
+    """S of one layer for rows of up to `max_len` tokens, of which a decode step writes up to `in_flight`. It is split
+    into `places` equal parts, which from TILE on are whole tiles."""
     least = max_len if layer.window is None else min(max_len, layer.window + in_flight - 1)
-    return least if least < TILE else -(-least // TILE) * TILE
+    part = -(-least // places)
+    return places * (part if part < TILE else -(-part // TILE) * TILE)
 
 
-def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flight: int = 1, tensor: int = 1) -> int:
+def slot_places(layer: LayerSpec, batch: int, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits a layer's slots, for so many rows."""
+    return 1 if layer.window is not None or splits_rows(batch, mesh) else mesh.shape["expert"]
+
+
+def cache_bytes(config: Config, batch: int, max_len: int, itemsize: int, in_flight: int = 1, tensor: int = 1,
+                places: int = 1) -> int:
     """Bytes of all layers' slots, in closed form: of one copy, split over `data`, `tensor`, and where the batch divides
-    `expert`, along which the devices else hold one each. kv heads are repeated up to the tensor degree."""
-    return sum(batch * max(layer.num_kv_heads, tensor) * num_slots(layer, max_len, in_flight)
-               * (layer.head_dim + layer.v_head_dim) * itemsize for layer in config.layers)
+    `expert`. Else full layers' slots are split into that many `places`, while sliding layers lie on each of them. kv
+    heads are repeated up to the tensor degree."""
+    return sum(batch * max(layer.num_kv_heads, tensor) * (layer.head_dim + layer.v_head_dim) * itemsize
+               * num_slots(layer, max_len, in_flight, places if layer.window is None else 1)
+               for layer in config.layers)
 
 
 def empty_layer(layer: LayerSpec, batch: int, max_len: int, in_flight: int, dtype: jnp.dtype) -> LayerCache:
     """An empty LayerCache, on the mesh in context. `layer.num_kv_heads` counts repeated heads too."""
-    B, K, S = batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight)
-    sharding = spec(attention_rows(B), "kv_heads", None, None)
-    return LayerCache(jnp.zeros((B, K, layer.head_dim, S), dtype, out_sharding=sharding),
-                      jnp.zeros((B, K, S, layer.v_head_dim), dtype, out_sharding=sharding))
+    places = slot_places(layer, batch, jax.sharding.get_abstract_mesh())
+    B, K, S = batch, layer.num_kv_heads, num_slots(layer, max_len, in_flight, places)
+    rows, slots = attention_rows(B), "slots" if places > 1 else None
+    return LayerCache(
+        jnp.zeros((B, K, layer.head_dim, S), dtype, out_sharding=spec(rows, "kv_heads", None, slots)),
+        jnp.zeros((B, K, S, layer.v_head_dim), dtype, out_sharding=spec(rows, "kv_heads", slots, None)))
 
 
 def slot_positions(length_B: jax.Array, num: int) -> jax.Array:
@@ -69,17 +84,17 @@ def slot_positions(length_B: jax.Array, num: int) -> jax.Array:
 def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array) -> LayerCache:
     """The cache after tokens at positions start_B + (0..T-1), of which those at or past end_B are padding.
 
-    Of more tokens than slots only the newest are written.
+    Of more tokens than slots only the newest are written, and none at positions below 0. On one device, inside
+    shard_map.
     """
     num = cache.num_slots
     position_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)[None, :]
-    kept = (position_BT < end_B[:, None]) & (position_BT >= end_B[:, None] - num)
+    first_B1, end_B1 = jnp.maximum(end_B - num, 0)[:, None], end_B[:, None]
+    kept = (position_BT < end_B1) & (position_BT >= first_B1)
     slot_BT = jnp.where(kept, position_BT % num, num)              # slot `num` does not exist: dropped
     row_B1 = jnp.arange(slot_BT.shape[0], dtype=jnp.int32)[:, None]
-
-    sharding = jax.typeof(cache.v_BKSV).sharding.spec
-    return LayerCache(cache.k_BKHS.at[row_B1, :, :, slot_BT].set(k_BTKH, mode="drop", out_sharding=sharding),
-                      cache.v_BKSV.at[row_B1, :, slot_BT].set(v_BTKV, mode="drop", out_sharding=sharding))
+    return LayerCache(cache.k_BKHS.at[row_B1, :, :, slot_BT].set(k_BTKH, mode="drop"),
+                      cache.v_BKSV.at[row_B1, :, slot_BT].set(v_BTKV, mode="drop"))
 
 
 def previous(cache: LayerCache, start_B: jax.Array, num: int) -> LayerCache:

@@ -31,16 +31,18 @@ def attend_self(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, window:
     A query sees the `window` (None: all) newest positions up to its own, none of them before begin_BT (None: 0). Query
     head n reads kv head n // (N/K).
     """
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, sink: jax.Array | None, begin_bT: jax.Array) -> jax.Array:
-        axes = jax.typeof(q).mat.varying
-
-        def vary(x: jax.Array) -> jax.Array:
-            return jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying")
-        return attend_local(window, *jax.tree.map(vary, (q, k, v, sink, begin_bT)))
+    def local(q: jax.Array, *others: jax.Array | None) -> jax.Array:
+        return attend_local(window, q, *as_varying(others, q))
     sharding = jax.typeof(q_BTNH).sharding.spec
     if begin_BT is None:
         begin_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32, out_sharding=P(sharding[0], None))
     return jax.shard_map(local, out_specs=sharding)(q_BTNH, k_BTKH, v_BTKV, sink_N, begin_BT)
+
+
+def as_varying(tree: Any, like: jax.Array) -> Any:
+    """Arrays inside shard_map, as differing along every mesh axis that `like` differs along: what loops want."""
+    axes = jax.typeof(like).mat.varying
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying"), tree)
 
 
 @dataclasses.dataclass(frozen=True)

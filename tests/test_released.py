@@ -1,4 +1,5 @@
 """Every released config at its full size on abstract meshes of 512 devices: shapes, shardings and bytes, no memory."""
+import dataclasses
 import math
 import os
 import time
@@ -95,13 +96,17 @@ def test_parameters(config, mesh, dtype):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_caches(config, mesh, in_flight):
-    """64 rows of 262,144 tokens: split over data and tensor, and over expert where the rows divide."""
+    """64 rows of 262,144 tokens: split over data and tensor, and over expert by rows where these divide. Where not, a
+    full layer's slots are, and sliding layers lie on each of its places."""
     mesh = jaxllm.make_abstract_mesh(mesh)
     cache = abstract_cache(config, mesh, 64, 2**18, in_flight)
-    rows, tensor = mesh.shape["data"] * mesh.shape["expert"], mesh.shape["tensor"]
-    places = tensor * (rows if 64 % rows == 0 else mesh.shape["data"])
-    whole = jaxllm.cache_bytes(config, 64, 2**18, itemsize=2, in_flight=in_flight, tensor=tensor)
-    assert bytes_per_device(cache.layers) * places == whole
+    data, expert, tensor = (mesh.shape[axis] for axis in ("data", "expert", "tensor"))
+    sliding = dataclasses.replace(config, hybrid_layer_pattern=(1,) * config.num_hidden_layers)
+    ring = jaxllm.cache_bytes(sliding, 64, 2**18, 2, in_flight, tensor) // config.num_hidden_layers
+    rings = ring * sum(config.hybrid_layer_pattern)
+    full = jaxllm.cache_bytes(config, 64, 2**18, 2, in_flight, tensor) - rings
+    copies = 1 if 64 % (data * expert) == 0 else expert
+    assert bytes_per_device(cache.layers) * mesh.size == full + copies * rings
     assert bytes_per_device(cache.length_B) == 4 * 64 // mesh.shape["data"]
 
 

@@ -35,9 +35,9 @@ def write_cache(k_bkHS: jax.Array, v_bkSV: jax.Array, k_bTkH: jax.Array, v_bTkV:
                 end_b: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """The cache after tokens at positions start_b + (0..T-1), of which those at or past end_b (int32) are padding.
 
-    Position p lies in slot p mod S. The cache's memory is used again if the caller donates it, else XLA copies it
-    first. T is at most 8; of more tokens than slots only the newest are written. `interpret` runs the kernel without a
-    TPU. ValueError where T is larger or the shapes do not belong together.
+    Position p lies in slot p mod S; of more tokens than slots only the newest are written, and none at positions below
+    0. The cache's memory is used again if the caller donates it, else XLA copies it first. T is at most 8. `interpret`
+    runs the kernel without a TPU. ValueError where T is larger or the shapes do not belong together.
     """
     (b, k, H, S), V, T = k_bkHS.shape, v_bkSV.shape[-1], k_bTkH.shape[1]
     if v_bkSV.shape != (b, k, S, V) or k_bTkH.shape != (b, T, k, H) or v_bTkV.shape != (b, T, k, V):
@@ -95,7 +95,8 @@ def change_tiles(start_ref, end_ref, new_k_ref, new_v_ref, _k, _v, k_ref, v_ref,
             for cache_ref, tiles_ref, sems, new_ref, axis in arrays:
                 size = tiles_ref.shape[2 + axis]
                 first, last = find_tiles(start, end, T, num_slots, size)
-                needed = (first, end > start), (last, (end > start) & (last != first))
+                is_any = end > jnp.maximum(start, 0)
+                needed = (first, is_any), (last, is_any & (last != first))
                 for n, (begin, is_needed) in enumerate(needed[:tiles_ref.shape[1]]):
                     slots = pl.ds(pl.multiple_of(begin, size), size) if size < num_slots else slice(None)
                     at = (slots,) if axis == 1 else (slice(None), slots)
@@ -115,7 +116,7 @@ def change_tiles(start_ref, end_ref, new_k_ref, new_v_ref, _k, _v, k_ref, v_ref,
         changed, tokens = tile[...], new[...] if axis == 1 else new[...].swapaxes(1, 2)
         for t in range(T):
             position = start + t
-            is_kept = (position < end) & (position >= end - num_slots)
+            is_kept = (position < end) & (position >= jnp.maximum(end - num_slots, 0))
             slot = jnp.where(is_kept, jax.lax.rem(position, num_slots), -1)
             changed = jnp.where(slot_111 == slot, jax.lax.slice_in_dim(tokens, t, t + 1, axis=axis), changed)
         tile[...] = changed
@@ -130,6 +131,7 @@ def change_tiles(start_ref, end_ref, new_k_ref, new_v_ref, _k, _v, k_ref, v_ref,
 
 def find_tiles(start: jax.Array, end: jax.Array, T: int, num_slots: int, size: int) -> tuple[jax.Array, jax.Array]:
     """The slots at which the first token's tile of `size` slots and the last one's begin."""
+    start = jnp.maximum(start, 0)
     first = jax.lax.rem(start, num_slots)
     last = first + jnp.clip(end - start, 1, min(T, num_slots)) - 1
     last = jnp.where(last < num_slots, last, last - num_slots)

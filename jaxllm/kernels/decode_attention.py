@@ -39,6 +39,23 @@ def decode_attention(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, st
     row with nothing in it the output is zero. Blocks of slots that a row does not have are not read. `interpret` runs
     the kernel without a TPU. ValueError where the shapes of q, k and v do not belong together.
     """
+    return run(q_bTnH, k_bkHS, v_bkSV, start_b, end_b, window, sink_n, False, interpret)[0]
+
+
+def decode_attention_part(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, start_b: jax.Array,
+                          end_b: jax.Array, window: int | None, *, interpret: bool = False
+                          ) -> tuple[jax.Array, jax.Array]:
+    """`decode_attention` in float32 to one part of a cache, and the logarithm of each query's sum, float32 [b, T, n].
+
+    Positions count from the part's first slot on, so that start_b may be negative or past the end.
+    """
+    out_bTnV, *logsum = run(q_bTnH, k_bkHS, v_bkSV, start_b, end_b, window, None, True, interpret)
+    return out_bTnV, logsum[0][..., 0]
+
+
+def run(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, start_b: jax.Array, end_b: jax.Array,
+        window: int | None, sink_n: jax.Array | None, is_part: bool, interpret: bool) -> list[jax.Array]:
+    """The output [b, T, n, V]; of a part in float32, and after it the logarithm of the sum [b, T, n, 1]."""
     (b, T, n, H), (k, S, V) = q_bTnH.shape, v_bkSV.shape[1:]
     if k_bkHS.shape != (b, k, H, S) or v_bkSV.shape[0] != b or n % k:
         raise ValueError(f"q {q_bTnH.shape}, k {k_bkHS.shape} and v {v_bkSV.shape} must be [b, T, n, H], [b, k, H, S] "
@@ -73,12 +90,14 @@ def decode_attention(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, st
         inputs.append(sink_kQ1)
         in_specs.append(pl.BlockSpec((heads, Q, 1), sink_index))
     P = rows * heads
-    out_bkQV = pl.pallas_call(
+    outputs = [(V, jnp.float32), (1, jnp.float32)] if is_part else [(V, q_bTnH.dtype)]
+    found = pl.pallas_call(
         partial(visit_block, G=G, num_slots=S, window=window, has_sinks=sink_n is not None),
-        out_shape=jax.ShapeDtypeStruct((b, k, Q, V), q_bTnH.dtype, manual_axis_type=jax.typeof(q_bTnH).mat),
+        out_shape=[jax.ShapeDtypeStruct((b, k, Q, size), dtype, manual_axis_type=jax.typeof(q_bTnH).mat)
+                   for size, dtype in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(b // rows, k // heads, num_blocks), in_specs=in_specs,
-            out_specs=pl.BlockSpec((rows, heads, Q, V), own_index),
+            out_specs=[pl.BlockSpec((rows, heads, Q, size), own_index) for size, _ in outputs],
             scratch_shapes=[pltpu.VMEM((P, Q, size), jnp.float32) for size in (1, 1, V)]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -86,7 +105,7 @@ def decode_attention(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, st
             bytes_accessed=b * k * (S + Q) * (H + V) * itemsize),
         interpret=interpret, name="decode_attention",
     )(start_b, end_b, *inputs)
-    return out_bkQV.reshape(b, k, T, G, V).swapaxes(1, 2).reshape(b, T, n, V)
+    return [x.reshape(b, k, T, G, -1).swapaxes(1, 2).reshape(b, T, n, -1) for x in found]
 
 
 def choose_step(b: int, k: int, S: int, slot_bytes: int, score_bytes: int, is_full: bool) -> tuple[int, int, int]:
@@ -127,7 +146,8 @@ def visit_block(start_ref, end_ref, q_ref, k_ref, v_ref, *refs, G: int, num_slot
     The state is the maximum and the sum [P, Q, 1] and the weighted values [P, Q, V]; without sinks it starts at
     nothing seen, with them at the sink alone.
     """
-    *sink_refs, out_ref, peak_ref, total_ref, values_ref = refs
+    sink_refs, (out_ref, *logsum_refs), (peak_ref, total_ref, values_ref) = (
+        refs[:has_sinks], refs[has_sinks:-3], refs[-3:])
     (rows, heads, H, block), Q = k_ref.shape, q_ref.shape[2]
     P, i = rows * heads, pl.program_id(2)
     first_row = pl.program_id(0) * rows
@@ -170,8 +190,10 @@ def visit_block(start_ref, end_ref, q_ref, k_ref, v_ref, *refs, G: int, num_slot
 
     @pl.when(i == pl.num_programs(2) - 1)
     def finish() -> None:
-        out_PQV = values_ref[...] / jnp.maximum(total_ref[...], jnp.finfo(jnp.float32).tiny)
-        out_ref[...] = out_PQV.astype(out_ref.dtype).reshape(out_ref.shape)
+        total_PQ1 = jnp.maximum(total_ref[...], jnp.finfo(jnp.float32).tiny)
+        out_ref[...] = (values_ref[...] / total_PQ1).astype(out_ref.dtype).reshape(out_ref.shape)
+        for logsum_ref in logsum_refs:      # of a part
+            logsum_ref[...] = (peak_ref[...] + jnp.log(total_PQ1)).reshape(logsum_ref.shape)
 
 
 def longest(ends: list[jax.Array]) -> jax.Array:

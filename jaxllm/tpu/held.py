@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jaxllm.axes import splits_rows
-from jaxllm.cache import num_slots
+from jaxllm.cache import num_slots, slot_places
 from jaxllm.config import Config, LayerSpec
 from jaxllm.gathered import stored
 from jaxllm.generate.load import Params, abstract_model, as_stored
@@ -57,7 +57,8 @@ class Held:
     def cache(self, mesh: AbstractMesh, work: Work) -> int:
         """Bytes of a device's share of the cache."""
         rows = work.batch // (mesh.shape["data"] * (mesh.shape["expert"] if splits_rows(work.batch, mesh) else 1))
-        slots = {layer: num_slots(layer, work.context, work.in_flight) for layer in self.count}
+        places = {layer: slot_places(layer, work.batch, mesh) for layer in self.count}
+        slots = {layer: num_slots(layer, work.context, work.in_flight, num) // num for layer, num in places.items()}
         return sum(rows * count * stored_layer(layer, mesh).num_kv_heads // mesh.shape["tensor"] * slots[layer]
                    * (layer.head_dim + layer.v_head_dim) * self.dtype.itemsize for layer, count in self.count.items())
 

@@ -141,6 +141,8 @@ def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
             total += gather(expert, rows * (heads * H + kv * (H + V)) * 4) + gather(expert, rows * heads * V * size)
         else:
             total += reduce(expert, rows * (heads * H + kv * H) * size + rows * kv * V * 4)
+            if layer.window is None:    # what each place found in its slots: output, sum and maximum
+                total += reduce(expert, rows * heads * (V + 2) * 4)
         total += reduce(tensor, whole / expert) + gather(expert, whole)      # the output projection, then all of D
         total += reduce(both, whole)                                         # experts, or the dense hidden dim
         if layer.is_moe:

@@ -196,11 +196,14 @@ class Traffic:
 
     def _owner(self, where: str, name: str, element: int | None = None) -> str:
         """Whose bytes a value (of a tuple, an element) is: those of the program's parameter that it is, or is a copy, a
-        slice or another type of, through loops and branches."""
+        slice or another type of, through loops, branches and kernels that write in place."""
         instruction = self.module.computations[where].get(name)
-        while instruction is not None and (instruction.opcode in THROUGH or self._only_moves(instruction)):
+        while instruction is not None and (instruction.opcode in THROUGH or self._only_moves(instruction)
+                                           or written_in_place(instruction, element) is not None):
             place = 0
-            if instruction.opcode == "get-tuple-element":
+            if (operand := written_in_place(instruction, element)) is not None:
+                place, element = operand, None
+            elif instruction.opcode == "get-tuple-element":
                 element = int(re.findall(r"index=(\d+)", instruction.attributes)[0])
             elif instruction.opcode == "tuple" and element is not None:
                 place, element = element, None
@@ -239,6 +242,16 @@ def branches(caller: Instruction) -> list[str]:
     return [named[1], named[2]] if named else caller.called
 
 
+def written_in_place(instruction: Instruction, element: int | None) -> int | None:
+    """The place of the operand whose memory a custom call's result (of several, an element) is; None if it is new."""
+    if instruction.opcode != "custom-call":
+        return None
+    output = "" if element is None else str(element)
+    found = re.search(r"output_to_operand_aliasing=\{(?:[^=]*, )?\{" + output + r"\}: \((\d+), \{\}\)",
+                      instruction.attributes)
+    return int(found[1]) if found else None
+
+
 def kernel_bytes(instruction: Instruction) -> int | None:
     """What a Pallas kernel says that it moves; None for all else."""
     if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.attributes:
@@ -260,13 +273,14 @@ def ring_bytes(kind: str, instruction: Instruction) -> int:
 
 
 def group_size(instruction: Instruction) -> int:
-    """Devices of a group, of which each form is met: [groups,size]<=..., {{0,1},{2,3}}, mesh['x'=2,...] {'x'}."""
+    """Devices of a group, of which each form is met: [groups,size]<=..., {{0,1},{2,3}}, mesh['x'=2,...] {'x'}, the last
+    also with the order of the mesh's devices before the braces."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", found[2]))
     raise ValueError(f"the compiled program's {instruction.opcode} {instruction.name} names its devices in a form that "

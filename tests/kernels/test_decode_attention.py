@@ -11,7 +11,7 @@ import oracle
 import pytest
 from oracle import check, normal, wide
 
-from jaxllm.attention import attend_cached, attend_slots_by_kernel
+from jaxllm.attention import attend_cached, attend_slots
 from jaxllm.axes import make_mesh, spec
 from jaxllm.cache import LayerCache, write
 from jaxllm.kernels import cache_write, decode_attention
@@ -129,7 +129,7 @@ def test_decoding_with_drafts_taken_back(window, S, mesh):
     data, heads = spec("batch"), spec("batch", None, "heads", None)
     cache_spec = spec("batch", "kv_heads", None, None)
     with jax.set_mesh(make_mesh(mesh)):
-        ours = jax.jit(partial(attend_slots_by_kernel, window, interpret=True))
+        ours = jax.jit(partial(attend_slots, window, by_kernel=True, interpret=True))
         theirs = jax.jit(attend_cached, static_argnames="window")
         ours_cache = cache = LayerCache(*(jax.device_put(np.full(shape, GARBAGE), cache_spec)
                                           for shape in ((b, k, H, S), (b, k, S, V))))
@@ -144,6 +144,34 @@ def test_decoding_with_drafts_taken_back(window, S, mesh):
             check(out, np.asarray(expected), "float32")         # both in float32, sums of other orders
             jax.tree.map(np.testing.assert_array_equal, ours_cache, cache)
             length_b = length_b + np.minimum(count_b, accepted_b)
+
+
+@pytest.mark.parametrize(("mesh", "part", "b"), [("expert=8", 5, 1), ("expert=4,tensor=2", 40, 3),
+                                                 ("data=2,expert=2,tensor=2", 300, 2)])
+def test_slots_split_over_places(mesh, part, b, monkeypatch):
+    """Steps across the borders of parts, of one block of slots or three, by kernels and by plain JAX. Rows stand in
+    different parts, and one has nothing in it at first."""
+    monkeypatch.setattr(decode_attention, "FEW_SLOTS", 128)
+    places, (n, k, H, V, T) = make_mesh(mesh).shape["expert"], (4, 2, 12, 8, 4)
+    rng, S = np.random.default_rng(0), places * part
+    length_b = np.array([2 * part - 6, part - 3, 0][:b], np.int32)
+    with jax.set_mesh(make_mesh(mesh)):
+        data, heads = spec("batch"), spec("batch", None, "heads", None)
+        ours = jax.jit(partial(attend_slots, None, by_kernel=True, interpret=True))
+        theirs = jax.jit(attend_cached, static_argnames="window")
+        places_of = spec("batch", "kv_heads", None, "slots"), spec("batch", "kv_heads", "slots", None)
+        ours_cache = cache = LayerCache(*(jax.device_put(normal(rng, *shape), place) for shape, place in zip(
+            ((b, k, H, S), (b, k, S, V)), places_of, strict=True)))
+        sink = jax.device_put(normal(rng, n), spec("heads"))
+        for _ in range(4):
+            count_b = rng.integers(0, T + 1, b, np.int32)
+            start_b, end_b = (jax.device_put(x, data) for x in (length_b, length_b + count_b))
+            q, new_k, new_v = (jax.device_put(normal(rng, b, T, *shape), heads) for shape in ((n, H), (k, H), (k, V)))
+            out, ours_cache = ours(q, new_k, new_v, start_b, end_b, ours_cache, sink)
+            expected, cache = theirs(q, new_k, new_v, start_b, end_b, cache, window=None, sink_N=sink)
+            check(out, np.asarray(expected), "float32")         # both in float32, sums of other orders
+            jax.tree.map(np.testing.assert_array_equal, ours_cache, cache)
+            length_b = length_b + count_b
 
 
 def test_refused_shapes():

@@ -21,10 +21,10 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SOME = 14 * 2**20                        # bytes: one stack of experts has 36 MiB or more here, one of a cache's 64
 
 
-def compiled(name: str, on: str, batch: int, context: int):
-    """The best plan, and the report of its program."""
+def compiled(name: str, on: str, batch: int, context: int, layers: int = 4):
+    """The best plan of the first layers, and the report of its program."""
     on = slice_of(on)
-    config = Config.from_dict(first_layers(CONFIGS / name, 4), name)
+    config = Config.from_dict(first_layers(CONFIGS / name, layers), name)
     held = Held(name, config, stated_params(config))
     work = work_of(config, "decode", batch, context)
     best = plans(held, on, work)[0]
@@ -59,6 +59,17 @@ def test_decode(libtpu, name, on, counts):
     assert planned.peak == pytest.approx(found.memory["peak"], rel=0.1)
     assert planned.sent == pytest.approx(sum(x.nbytes for x in found.collectives), rel=0.1)
     assert {x.kind: x.count for x in found.collectives} == counts
+
+
+def test_one_row_of_a_long_context(libtpu):
+    """A full layer's cache of a million tokens, by slots over the eight places of `expert`: read once, never copied,
+    and what is sent for it is as planned. The first layer alone, which is full and dense."""
+    planned, found = compiled("MiMo-V2.5-Pro", "v6e:8x8", batch=1, context=2**20, layers=1)
+    part = 2**20 // 8 * (192 + 128) * 2      # slots, K and V, bfloat16, of one kv head
+    assert planned.mesh["expert"] == 8 and planned.held["cache"] == part
+    assert found.memory["arguments"] == pytest.approx(sum(planned.held.values()), rel=0.03)
+    assert part <= found.moved["cache"] <= 1.02 * part and not found.large, found.large
+    assert planned.sent == pytest.approx(sum(x.nbytes for x in found.collectives), rel=0.1)
 
 
 def test_the_command(libtpu, capsys, tmp_path):

@@ -47,7 +47,7 @@ def test_bytes_are_those_of_every_layer(name, mesh):
     assert sum(found.weights(mesh).values()) == sum(map(device_bytes, leaves))
 
 
-@pytest.mark.parametrize(("mesh", "batch"), [("expert=4,tensor=2", 8), ("expert=4,tensor=2", 6),
+@pytest.mark.parametrize(("mesh", "batch"), [("expert=4,tensor=2", 8), ("expert=4,tensor=2", 6), ("expert=8", 1),
                                              ("data=2,tensor=4", 8)])
 def test_cache_is_that_of_real_arrays(mesh, batch):
     config = Config.from_dict(tiny_config(), "tiny")
