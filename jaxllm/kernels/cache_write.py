@@ -91,12 +91,11 @@ def change_tiles(start_ref, end_ref, new_k_ref, new_v_ref, _k, _v, k_ref, v_ref,
         """do(row, begin, held, tile, sem, new, axis): a row of the step, the slot at which its tile begins, that tile
         in HBM and in VMEM, the row's new tokens, and the tile's axis of slots."""
         def visit(row: jax.Array, _: None) -> None:
-            start, end = start_ref[first_row + row], end_ref[first_row + row]
+            start, end = jnp.maximum(start_ref[first_row + row], 0), end_ref[first_row + row]
             for cache_ref, tiles_ref, sems, new_ref, axis in arrays:
                 size = tiles_ref.shape[2 + axis]
                 first, last = find_tiles(start, end, T, num_slots, size)
-                is_any = end > jnp.maximum(start, 0)
-                needed = (first, is_any), (last, is_any & (last != first))
+                needed = (first, end > start), (last, (end > start) & (last != first))
                 for n, (begin, is_needed) in enumerate(needed[:tiles_ref.shape[1]]):
                     slots = pl.ds(pl.multiple_of(begin, size), size) if size < num_slots else slice(None)
                     at = (slots,) if axis == 1 else (slice(None), slots)
@@ -131,7 +130,6 @@ def change_tiles(start_ref, end_ref, new_k_ref, new_v_ref, _k, _v, k_ref, v_ref,
 
 def find_tiles(start: jax.Array, end: jax.Array, T: int, num_slots: int, size: int) -> tuple[jax.Array, jax.Array]:
     """The slots at which the first token's tile of `size` slots and the last one's begin."""
-    start = jnp.maximum(start, 0)
     first = jax.lax.rem(start, num_slots)
     last = first + jnp.clip(end - start, 1, min(T, num_slots)) - 1
     last = jnp.where(last < num_slots, last, last - num_slots)

@@ -146,7 +146,7 @@ def test_decoding_with_drafts_taken_back(window, S, mesh):
             length_b = length_b + np.minimum(count_b, accepted_b)
 
 
-@pytest.mark.parametrize(("mesh", "part", "b"), [("expert=8", 5, 1), ("expert=4,tensor=2", 40, 3),
+@pytest.mark.parametrize(("mesh", "part", "b"), [("expert=8", 5, 1), ("expert=4,tensor=2", 256, 3),
                                                  ("data=2,expert=2,tensor=2", 300, 2)])
 def test_slots_split_over_places(mesh, part, b, monkeypatch):
     """Steps across the borders of parts, of one block of slots or three, by kernels and by plain JAX. Rows stand in
