@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.axes import attention_rows, spec
-from jaxllm.cache import LayerCache, previous, slot_positions, write
+from jaxllm.cache import LayerCache, slot_positions, with_previous, write
 from jaxllm.config import LayerSpec
 from jaxllm.kernels.cache_write import MAX_TOKENS, write_cache
 from jaxllm.kernels.decode_attention import decode_attention, decode_attention_part
 from jaxllm.linear import einsum, param
 from jaxllm.rope import apply_rope
 from jaxllm.self_attention import NO_PEAK, as_varying, attend_self, in_turn
+from jaxllm.splash import attend_by_splash
 
 KEY_BLOCK = 1024        # keys per visit where there are more: bounds the scores to B*N*T*1024 float32
 QUERY_BLOCK = 128       # queries per visit in a sliding layer: each block sees its own keys and window - 1 before them
@@ -179,11 +180,13 @@ def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start
         return attend_self(q_BTNH, k_BTKH, v_BTKV, window, sink_N, begin_BT), None
     T, slots = q_BTNH.shape[1], cache.num_slots
     inputs = q_BTNH, k_BTKH, v_BTKV, start_B, end_B, cache, sink_N
+    kernel = partial(attend_by_splash, None if window is None or slots < window else window)
     if window is None or slots < window or slots >= window + T - 1:     # fewer than window: cut at the full length
-        # all that can be seen is in the slots
-        kernels = {"tpu": partial(attend_slots, window, by_kernel=True)} if T <= MAX_TOKENS else {}
-        return jax.lax.platform_dependent(*inputs, default=partial(attend_slots, window), **kernels)
-    return attend_past_slots(window, *inputs)
+        plain = partial(attend_slots, window)                           # all that can be seen is in the slots
+        kernel = partial(attend_slots, window, by_kernel=True) if T <= MAX_TOKENS else kernel
+    else:
+        plain = partial(attend_past_slots, window)
+    return jax.lax.platform_dependent(*inputs, default=plain, tpu=kernel)
 
 
 def attend_slots(window: int | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array,
@@ -229,9 +232,7 @@ def attend_past_slots(window: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV:
     def local(q: jax.Array, k: jax.Array, v: jax.Array, start_b: jax.Array, end_b: jax.Array, cache: LayerCache,
               sink_n: jax.Array | None) -> tuple[jax.Array, LayerCache]:
         q, k, v, start_b, end_b, sink_n = as_varying((q, k, v, start_b, end_b, sink_n), cache.v_BKSV)
-        old = previous(cache, start_b, window - 1)
-        keys = jnp.concatenate([old.k_BKHS, k.transpose(0, 2, 3, 1)], 3)
-        values = jnp.concatenate([old.v_BKSV, v.transpose(0, 2, 1, 3)], 2)
+        keys, values = with_previous(cache, k, v, start_b, window - 1)
         return attend_sliding(q, keys, values, start_b, window, sink_n), write(cache, k, v, start_b, end_b)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (q_BTNH, cache))
     return jax.shard_map(local, out_specs=specs)(q_BTNH, k_BTKH, v_BTKV, start_B, end_B, cache, sink_N)

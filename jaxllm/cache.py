@@ -97,9 +97,51 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.
                       cache.v_BKSV.at[row_B1, :, slot_BT].set(v_BTKV, mode="drop"))
 
 
-def previous(cache: LayerCache, start_B: jax.Array, num: int) -> LayerCache:
-    """The last `num` positions before start_B in order of position; arbitrary where negative."""
+def write_run(cache: LayerCache, k_bTkH: jax.Array, v_bTkV: jax.Array, start_b: jax.Array, end_b: jax.Array
+              ) -> LayerCache:
+    """As `write` of the positions 0 .. S-1 alone, on one device: of each row one run of slots is read, changed and
+    written. A TPU does this in place; for a scatter along K's slots it copies all of K."""
+    T, S = k_bTkH.shape[1], cache.num_slots
+    size = min(T, S)
+    filled = ((0, 0), (size, size), (0, 0), (0, 0))
+    k, v = jnp.pad(k_bTkH, filled).transpose(0, 2, 3, 1), jnp.pad(v_bTkV, filled).transpose(0, 2, 1, 3)
+
+    def one(row: jax.Array, cache: LayerCache) -> LayerCache:
+        start, zero = start_b[row], jnp.int32(0)
+        begin = jnp.clip(start, 0, S - size)
+        position_s = begin + jnp.arange(size, dtype=jnp.int32)
+        is_new_s = (position_s >= start) & (position_s < jnp.minimum(end_b[row], start + T))
+
+        def change(x: jax.Array, new: jax.Array, dim: int) -> jax.Array:
+            at, place = ([row, zero, zero, zero] for _ in range(2))
+            at[dim], place[dim] = begin, jnp.clip(size - (start - begin), 0, size + T)
+            shape = [size if d == dim else 1 if d == 0 else x.shape[d] for d in range(4)]
+            old, tokens = jax.lax.dynamic_slice(x, at, shape), jax.lax.dynamic_slice(new, place, shape)
+            mask = is_new_s.reshape([-1 if d == dim else 1 for d in range(4)])
+            return jax.lax.dynamic_update_slice(x, jnp.where(mask, tokens, old), at)
+        return LayerCache(change(cache.k_BKHS, k, 3), change(cache.v_BKSV, v, 2))
+    return jax.lax.fori_loop(0, k_bTkH.shape[0], one, cache)
+
+
+def write_ring(cache: LayerCache, k_bTkH: jax.Array, v_bTkV: jax.Array, start_b: jax.Array, end_b: jax.Array
+               ) -> LayerCache:
+    """As `write`, on one device: every slot takes its token or stays. For a ring, which is short."""
+    token_bS = slot_positions(end_b, cache.num_slots) - start_b[:, None]
+    is_new_bS = (token_bS >= 0) & (token_bS < k_bTkH.shape[1])
+    k, v = (jnp.take_along_axis(x, jnp.clip(token_bS, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
+            for x in (k_bTkH, v_bTkV))
+    return LayerCache(jnp.where(is_new_bS[:, None, None, :], k.transpose(0, 2, 3, 1), cache.k_BKHS),
+                      jnp.where(is_new_bS[:, None, :, None], v.transpose(0, 2, 1, 3), cache.v_BKSV))
+
+
+def with_previous(cache: LayerCache, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, num: int
+                  ) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, K, H, num + T] and values [B, K, num + T, V] at positions start_B - num ..; arbitrary at negative ones.
+    """
+    keys, values = k_BTKH.transpose(0, 2, 3, 1), v_BTKV.transpose(0, 2, 1, 3)
+    if num == 0:
+        return keys, values
     position = start_B[:, None] - num + jnp.arange(num, dtype=jnp.int32)[None, :]
     slot = position % cache.num_slots
-    return LayerCache(jnp.take_along_axis(cache.k_BKHS, slot[:, None, None, :], axis=3),
-                      jnp.take_along_axis(cache.v_BKSV, slot[:, None, :, None], axis=2))
+    return (jnp.concatenate([jnp.take_along_axis(cache.k_BKHS, slot[:, None, None, :], axis=3), keys], 3),
+            jnp.concatenate([jnp.take_along_axis(cache.v_BKSV, slot[:, None, :, None], axis=2), values], 2))

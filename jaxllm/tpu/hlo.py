@@ -113,7 +113,7 @@ def parse(text: str) -> Module:
     """The module of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in instructions(text):
         if current is None:
             if line.endswith("{") and (head := HEAD.match(line)):
                 current = computations.setdefault(head[2], {})
@@ -125,6 +125,17 @@ def parse(text: str) -> Module:
             current[instruction.name] = instruction
     assert entry, "no ENTRY computation"
     return Module(computations, entry)
+
+
+def instructions(text: str) -> Iterator[str]:
+    """The text's lines, each with those after it that go on with it: a kernel may bring metadata of several."""
+    held = ""
+    for line in text.splitlines():
+        if not line.startswith(('"', "}}")):
+            yield held
+            held = ""
+        held += line
+    yield held
 
 
 def _instruction(name: str, text: str, is_root: bool) -> Instruction:

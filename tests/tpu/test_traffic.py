@@ -107,3 +107,11 @@ def test_a_real_program():
                  for loop in body.values() if loop.opcode == "while"}
     moved = Traffic(module, {"model": "weights"}).by_class()
     assert 7 * 256 * 256 * 4 <= moved["weights"] + moved["copies"] + moved["activations"] <= 4 * 7 * 256 * 256 * 4
+
+
+def test_an_instruction_of_several_lines(traffic):
+    """A kernel's metadata may have lines of its own, with brackets in the first column; what follows is still read."""
+    target = 'custom_call_target="tpu_custom_call"'
+    metadata = ', frontend_attributes={kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 1024}"\n}}'
+    changed = Traffic(parse(PROGRAM.replace(target, target + metadata)), traffic.owners)
+    assert changed.by_class() == traffic.by_class() and changed.collectives() == traffic.collectives()
