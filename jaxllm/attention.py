@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.axes import attention_rows, spec
+from jaxllm.axes import along, attention_rows, spec
 from jaxllm.cache import LayerCache, slot_positions, with_previous, write
 from jaxllm.config import LayerSpec
 from jaxllm.kernels.cache_write import MAX_TOKENS, write_cache
@@ -150,12 +150,16 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], start_B: jax.Array, end_B: jax.Array,
                  cache: LayerCache | None, begin_BT: jax.Array | None = None
                  ) -> tuple[jax.Array, LayerCache | None]:
-        """Output [B, T, D] and the cache with these tokens in it; `rope` holds their angles.
+        """Output [B, T, D], split as the input is, and the cache with these tokens in it; `rope` holds their angles.
 
+        Rows that lie apart are exchanged for parts of D along `expert`, then gathered, and the same way back.
         begin_BT, without a cache only: the place in the row before which a token sees nothing.
         """
         dtype, rows = x_BTD.dtype, attention_rows(x_BTD.shape[0])
-        x_BTd, heads = jax.reshard(x_BTD, spec("batch", None, "attention_embed")), spec(rows, None, "heads", None)
+        stream = jax.typeof(x_BTD).sharding.spec
+        exchanged = P(*along(stream, "data", "tensor")[:2], *spec("attention_embed"))
+        x_BTd = jax.reshard(jax.reshard(x_BTD, exchanged), spec("batch", None, "attention_embed"))
+        heads = spec(rows, None, "heads", None)
         rope, start_B, end_B, begin_BT = jax.tree.map(
             lambda x: jax.reshard(x, spec(rows, *[None] * (x.ndim - 1))), (rope, start_B, end_B, begin_BT))
         q = apply_rope(einsum("btd,dnh->btnh", x_BTd, self.q_DNH[...], heads).astype(dtype), *rope)
@@ -165,8 +169,8 @@ class Attention(nnx.Module):
         sink = None if self.sink_N is None else self.sink_N[...]
         out, cache = attend_cached(q, k, v, start_B, end_B, cache, self.layer.window, sink, begin_BT)
         out = jax.reshard(out, spec("batch", None, "heads", None))
-        out_BTd = einsum("btnv,nvd->btd", out, self.o_NVD[...], spec("batch", None, "attention_embed")).astype(dtype)
-        return jax.reshard(out_BTd, spec("batch", None, None)), cache
+        out_BTd = einsum("btnv,nvd->btd", out, self.o_NVD[...], exchanged).astype(dtype)
+        return jax.reshard(out_BTd, stream), cache
 
 
 def attend_cached(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKV: jax.Array, start_B: jax.Array, end_B: jax.Array,

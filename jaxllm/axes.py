@@ -10,7 +10,8 @@ vocabulary and the dense hidden dim are large and belong to no head and no exper
 Attention has no experts, and a router neither heads nor experts of its own: along what is left of the two, they are
 split by D, and the partial products are added. What attention computes, and its cache, is split by rows along `expert`
 too, where their number divides. Where it does not, a full layer's cache is split there by slots: each place attends to
-its part of the context (context parallelism).
+its part of the context (context parallelism). Between the products a token's row is on one device, where that divides
+(`stream`), and an expert is whole on one device, where the number of experts divides by that of devices (`expert_dims`).
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -26,15 +27,18 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": "data",
     "attention_batch": ("data", "expert"),
     "slots": "expert",
+    "stream_batch": ("data", "tensor", "expert"),
+    "stream_seq": ("tensor", "expert"),
     "vocab": ("expert", "tensor"),
     "embed": None,
     "attention_embed": "expert",
-    "router_embed": ("expert", "tensor"),
+    "router_embed": ("tensor", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": ("expert", "tensor"),
     "experts": "expert",
+    "whole_experts": ("tensor", "expert"),
     "moe_mlp": "tensor",
 }
 
@@ -52,6 +56,27 @@ def attention_rows(num: int) -> str:
 def splits_rows(num: int, mesh: Mesh | AbstractMesh) -> bool:
     """Whether so many rows are split over `expert` too where attention works on them."""
     return num % (mesh.shape["data"] * mesh.shape["expert"]) == 0
+
+
+def stream(batch: int, tokens: int, mesh: Mesh | AbstractMesh) -> tuple[str, str | None]:
+    """The logical names of the residual stream's dims B and T: over all devices go rows of the batch, or else a row's
+    tokens, or else neither, and what `data` does not split is then the same along the other axes."""
+    if (places := degree(mesh, "stream_seq")) == 1:
+        return "batch", None
+    if batch % degree(mesh, "stream_batch") == 0:
+        return "stream_batch", None
+    return "batch", "stream_seq" if tokens % places == 0 else None
+
+
+def expert_dims(num: int, mesh: Mesh | AbstractMesh) -> tuple[str, str | None]:
+    """The logical names of the dims E and I of so many experts: each is whole on one of all devices, if they divide."""
+    return ("whole_experts", None) if num % degree(mesh, "whole_experts") == 0 else ("experts", "moe_mlp")
+
+
+def along(spec: PartitionSpec, *axes: str) -> PartitionSpec:
+    """The spec of an array that is split along no other mesh axes than these."""
+    return PartitionSpec(*(tuple(axis for axis in ((dim,) if isinstance(dim, str) else dim or ()) if axis in axes)
+                           or None for dim in spec))
 
 
 def parse_mesh(text: str | Mapping[str, int] | None) -> dict[str, int]:

@@ -18,7 +18,7 @@ from jaxllm.linear import einsum, matmul
 from jaxllm.quant import Packed, Weight, take
 
 Experts = tuple[Weight, Weight, Weight]      # gate_eDI, up_eDI, down_eID
-TURN = 4096                                  # rows of a packed product on a TPU
+TURN = 1024                                  # rows of a packed product on a TPU
 MANY_TOKENS = 64                             # from here on a GPU computes all experts at once (docs/log.md)
 
 

@@ -14,7 +14,9 @@ class MLP(nnx.Module):
         self.down_FD = param(rngs, (F, D), ("mlp", "embed"), dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Output [B, T, D], split as the input is."""
+        stream, x_BTD = jax.typeof(x_BTD).sharding.spec, jax.reshard(x_BTD, spec("batch", None, None))
         gate = einsum("btd,df->btf", x_BTD, self.gate_DF[...])
         up = einsum("btd,df->btf", x_BTD, self.up_DF[...])
         hidden = (jax.nn.silu(gate) * up).astype(x_BTD.dtype)
-        return einsum("btf,fd->btd", hidden, self.down_FD[...], spec("batch", None, None)).astype(x_BTD.dtype)
+        return einsum("btf,fd->btd", hidden, self.down_FD[...], stream).astype(x_BTD.dtype)

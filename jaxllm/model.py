@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxllm.attention import Attention
-from jaxllm.axes import MESH_AXES, degree, mesh_axes, spec
+from jaxllm.axes import MESH_AXES, degree, expert_dims, mesh_axes, spec, stream
 from jaxllm.cache import Cache, LayerCache
 from jaxllm.config import Config, LayerSpec
 from jaxllm.linear import matmul_in_parts, param
@@ -80,12 +80,14 @@ class Transformer(nnx.Module):
         end_B = start_B + (T if length_B is None else length_B)
         position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         ropes = {kind: rope_angles(position_BT, *kind) for kind in {rope_kind(layer) for layer in self.config.layers}}
-        x, new = self.embed(tokens_BT), []
+        rows = spec(*stream(B, T, jax.sharding.get_abstract_mesh()), None)
+        x, new = jax.reshard(self.embed(tokens_BT), rows), []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x, layer_cache, _ = layer(x, ropes[rope_kind(layer.attention.layer)], start_B, end_B,
                                           cache.layers[i] if cache else None)
                 new.append(layer_cache)
+        x = jax.reshard(x, spec("batch", None, None))
         return x, Cache(tuple(cast(list[LayerCache], new)), end_B) if cache else None
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -118,12 +120,14 @@ def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """ValueError naming dimension, size and mesh axes if some dim cannot be split over this mesh."""
     if set(mesh.axis_names) != set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Explicit}:
         raise ValueError(f"the mesh must have the explicit axes {', '.join(MESH_AXES)}, as of make_mesh; found {mesh}")
-    split: list[tuple[str, int | None, str]] = [("vocab_size", config.vocab_size, "vocab")]
+    split: list[tuple[str, int | None, str | None]] = [("vocab_size", config.vocab_size, "vocab")]
     if not all(layer.is_moe for layer in config.layers):
         split.append(("intermediate_size", config.intermediate_size, "mlp"))
     if any(layer.is_moe for layer in config.layers):
-        split += [("n_routed_experts", config.n_routed_experts, "experts"),
-                  ("moe_intermediate_size", config.moe_intermediate_size, "moe_mlp")]
+        assert config.n_routed_experts is not None
+        experts, inner = expert_dims(config.n_routed_experts, mesh)
+        split += [("n_routed_experts", config.n_routed_experts, experts),
+                  ("moe_intermediate_size", config.moe_intermediate_size, inner)]
     for sliding, prefix in ((False, ""), (True, "swa_")):
         for layer in {layer for layer in config.layers if (layer.window is not None) == sliding}:
             split.append((f"{prefix}num_attention_heads", layer.num_heads, "heads"))

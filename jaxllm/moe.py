@@ -1,16 +1,20 @@
 """Mixture of experts: sigmoid routing with a selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1), dropless.
 
-Every device holds some experts whole or in slices and computes what its tokens ask of them (experts.py); the sum over
-devices gives the output.
+Every device holds some experts, whole or in slices (axes.py, `expert_dims`), and computes what tokens ask of them
+(experts.py). Where experts are whole and tokens lie apart, tokens go to their experts and back (dispatch.py); else
+every device sees all of them, and the sum over devices gives the output.
 """
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from jaxllm.axes import MESH_AXES, spec
+from jaxllm.axes import MESH_AXES, along, expert_dims, mesh_axes, spec
 from jaxllm.config import Config
+from jaxllm.dispatch import PLACES, apply_spread_experts, local_experts
 from jaxllm.experts import apply_experts
 from jaxllm.linear import einsum, param
 from jaxllm.quant import Weight
@@ -46,15 +50,30 @@ def route(scores_BTE: jax.Array, bias_E: jax.Array, config: Config) -> tuple[jax
     return expert_BTA, weight_BTA * config.routed_scaling_factor
 
 
-def local_experts(x_bTD: jax.Array, expert_bTA: jax.Array, weight_bTA: jax.Array, gate_eDI: Weight,
-                  up_eDI: Weight, down_eID: Weight) -> jax.Array:
-    """The weighted sum of the chosen experts, float32 [b, T, D], summed over the devices that share the experts."""
-    D, A, e = x_bTD.shape[-1], expert_bTA.shape[-1], gate_eDI.shape[0]
-    local = expert_bTA - jax.lax.axis_index("expert") * e
-    local_MA = jnp.where((local >= 0) & (local < e), local, e).reshape(-1, A)
-    inputs = jax.tree.map(vary, (x_bTD.reshape(-1, D), local_MA, weight_bTA.reshape(-1, A),
-                                 (gate_eDI, up_eDI, down_eID)))
-    return jax.lax.psum(apply_experts(*inputs), ("expert", "tensor")).reshape(x_bTD.shape)
+def apply_on_device(stream: PartitionSpec, axes: tuple[str, ...], x_bTD: jax.Array, expert_bTA: jax.Array,
+                    weight_bTA: jax.Array, *experts: Weight) -> jax.Array:
+    """The weighted sum of the chosen experts, which are split along `axes`, of a device's part of a stream: float32.
+
+    It comes with that part where tokens are sent (`is_sent`), else with the rows of all devices that share the experts.
+    """
+    of_device = jax.tree.map(vary, (*(x.reshape(-1, x.shape[-1]) for x in (x_bTD, expert_bTA, weight_bTA)), experts))
+    if is_sent(stream, axes):
+        return apply_spread_experts(*of_device).reshape(x_bTD.shape)
+    x_MD, expert_MA, weight_MA, experts = of_device
+    y_MD = apply_experts(x_MD, local_experts(expert_MA, experts[0].shape[0], axes), weight_MA, experts)
+    if (dim := split_dim(stream)) is None:
+        return jax.lax.psum(y_MD, PLACES).reshape(x_bTD.shape)
+    return jax.lax.psum_scatter(y_MD.reshape(x_bTD.shape), PLACES, scatter_dimension=dim, tiled=True)
+
+
+def is_sent(stream: PartitionSpec, axes: tuple[str, ...]) -> bool:
+    """Whether tokens go to experts that are split along these axes: both are each on one of all places."""
+    return axes == PLACES and split_dim(stream) is not None
+
+
+def split_dim(stream: PartitionSpec) -> int | None:
+    """Which dim of the residual stream [B, T, D] is split over the places that experts are."""
+    return next((dim for dim, axes in enumerate(along(stream, *PLACES)) if axes), None)
 
 
 def vary(x: jax.Array) -> jax.Array:
@@ -70,14 +89,20 @@ class MoE(nnx.Module):
         self.config = config
         self.router_DE = param(rngs, (D, E), ("router_embed", None), jnp.float32)
         self.bias_E = param(rngs, (E,), (None,), jnp.float32)
-        self.gate_EDI = param(rngs, (E, D, I), ("experts", "embed", "moe_mlp"), dtype)
-        self.up_EDI = param(rngs, (E, D, I), ("experts", "embed", "moe_mlp"), dtype)
-        self.down_EID = param(rngs, (E, I, D), ("experts", "moe_mlp", "embed"), dtype)
+        experts, inner = expert_dims(E, jax.sharding.get_abstract_mesh())
+        self.axes = mesh_axes(experts)
+        self.gate_EDI = param(rngs, (E, D, I), (experts, "embed", inner), dtype)
+        self.up_EDI = param(rngs, (E, D, I), (experts, "embed", inner), dtype)
+        self.down_EID = param(rngs, (E, I, D), (experts, inner, "embed"), dtype)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        x_BTd = jax.reshard(x_BTD.astype(jnp.float32), spec("batch", None, "router_embed"))
-        scores = jax.nn.sigmoid(einsum("btd,de->bte", x_BTd, self.router_DE[...], spec("batch", None, None)))
+        stream = jax.typeof(x_BTD).sharding.spec
+        x_BTd = jax.reshard(x_BTD, spec("batch", None, "router_embed")).astype(jnp.float32)
+        scores = jax.nn.sigmoid(einsum("btd,de->bte", x_BTd, self.router_DE[...], stream))
         expert, weight = route(scores, self.bias_E[...], self.config)
-        out = jax.shard_map(local_experts, out_specs=spec("batch", None, None))(
-            x_BTD, expert, weight, self.gate_EDI[...], self.up_EDI[...], self.down_EID[...])
+        inputs = x_BTD, expert, weight
+        if not is_sent(stream, self.axes):
+            inputs = jax.tree.map(lambda x: jax.reshard(x, spec("batch", None, None)), inputs)
+        out = jax.shard_map(partial(apply_on_device, stream, self.axes), out_specs=stream)(
+            *inputs, self.gate_EDI[...], self.up_EDI[...], self.down_EID[...])
         return out.astype(x_BTD.dtype), Routing(scores, expert)

@@ -16,7 +16,7 @@ MAX_LINES = 300
 # "" is the package's own __init__: the public names, which only the command line takes from there.
 ROWS = [
     {"__main__"}, {"cli"}, {"tpu"}, {"info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"},
-    {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"},
+    {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"}, {"dispatch"},
     {"self_attention", "splash", "cache", "rope", "norm", "experts"}, {"linear", "gathered", "kernels"},
     {"axes", "quant"},
     {"paths", "config", "config_check", "config_hub", "codec", "encode"},

@@ -2,19 +2,19 @@
 
 A step cannot be faster than the slowest of what it needs of a device: to read the weights that it uses and the cache
 once, to multiply, and to send what the mesh makes it send. These are bounds, at 100% of published rates; no program
-reaches them. Bytes held are exact (held.py); those sent are counted as the compiled programs send them (docs/tpu.md).
+reaches them. Bytes held are exact (held.py); those sent are counted as compiled programs send them (sent.py).
 """
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from jaxllm.axes import MESH_AXES, make_abstract_mesh, splits_rows
-from jaxllm.model import check_mesh, stored_layers
+from jaxllm.axes import MESH_AXES, make_abstract_mesh
+from jaxllm.model import check_mesh
 from jaxllm.tpu.chips import Slice, all_slices, rates_of
 from jaxllm.tpu.held import Held, unused_bytes
+from jaxllm.tpu.sent import sent_bytes
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
 
@@ -117,39 +117,6 @@ def flops(held: Held, work: Work) -> float:
     seen = sum(count * layer.num_heads * (layer.head_dim + layer.v_head_dim) * min(layer.window or whole, whole)
                for layer, count in held.count.items())
     return 2.0 * work.num_tokens * (held.config.count_parameters().active + seen)
-
-
-def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
-    """That a device sends in a step, as rings do it. Activations are sent in the model's dtype, what a device keeps a
-    part of (rows of q, k and v) and the router's scores in float32."""
-    config, D = held.config, held.config.hidden_size
-    size = held.dtype.itemsize
-    data, expert, tensor = (mesh.shape[axis] for axis in MESH_AXES)
-    rows, both = work.num_tokens // data, expert * tensor
-
-    def gather(num: int, nbytes: float) -> float:
-        return nbytes * (num - 1) / num
-
-    def reduce(num: int, nbytes: float) -> float:
-        return 2 * gather(num, nbytes)
-
-    whole = rows * D * size
-    total = reduce(both, whole)                                     # the embedding's rows
-    for layer in stored_layers(config, mesh):
-        heads, kv, H, V = layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, layer.v_head_dim
-        if splits_rows(work.batch, mesh):
-            total += gather(expert, rows * (heads * H + kv * (H + V)) * 4) + gather(expert, rows * heads * V * size)
-        else:
-            total += reduce(expert, rows * (heads * H + kv * H) * size + rows * kv * V * 4)
-            if layer.window is None:    # what each place found in its slots: output, sum and maximum
-                total += reduce(expert, rows * heads * (V + 2) * 4)
-        total += reduce(tensor, whole / expert) + gather(expert, whole)      # the output projection, then all of D
-        total += reduce(both, whole)                                         # experts, or the dense hidden dim
-        if layer.is_moe:
-            assert config.n_routed_experts is not None
-            total += reduce(both, rows * config.n_routed_experts * 4)
-    weights = sum(held.weights(mesh).values())
-    return math.ceil(total + (data - 1) * weights)      # along data each device gets the parts of all others
 
 
 def smallest(held: Held, work: Work) -> list[Plan]:

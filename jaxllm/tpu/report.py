@@ -6,6 +6,8 @@ the routed rows can choose) and each cache byte once.
 import dataclasses
 from typing import Any
 
+from jaxllm.axes import degree
+from jaxllm.dispatch import expected_places
 from jaxllm.info import KINDS, kind_of
 from jaxllm.tpu.chips import Slice, rates_of
 from jaxllm.tpu.held import unused_bytes
@@ -76,13 +78,21 @@ def report_of(program: Program, model: str, on: Slice, large: int = LARGE) -> Re
     """`large`: bytes of a buffer from which on it is named."""
     memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
-    traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"})
+    traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"}, ragged_share(program))
     return Report(
         model, on, dict(program.mesh.shape), program.work, program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
          "usable": int(on.chip.usable_hbm.value)},
         traffic.by_class(), least_bytes(program), traffic.collectives(), traffic.large(large))
+
+
+def ragged_share(program: Program) -> float:
+    """Of the rows that may go between tokens and experts, those that do on average if all choices are equally likely.
+    """
+    E, A = program.config.n_routed_experts, program.config.num_experts_per_tok
+    places = degree(program.mesh, "whole_experts")
+    return expected_places(E, A, places) / min(A, places) if E and A and E % places == 0 else 1.0
 
 
 def held_bytes(program: Program) -> dict[str, int]:

@@ -43,10 +43,13 @@ class Large:
 
 
 class Traffic:
-    """The account of one module. `owners`: prefix of a parameter's name -> class, as {"model": "weights"}."""
+    """The account of one module. `owners`: prefix of a parameter's name -> class, as {"model": "weights"}.
 
-    def __init__(self, module: Module, owners: dict[str, str]):
-        self.module, self.owners = module, owners
+    `ragged`: what part of a ragged exchange's rows is sent, which is data; by default all that there is room for.
+    """
+
+    def __init__(self, module: Module, owners: dict[str, str], ragged: float = 1.0):
+        self.module, self.owners, self.ragged = module, owners, ragged
         self.owner = cache(self._owner)
         # computation -> where it is called, by what, and the place of its parameter among the caller's operands
         self.callers = {name: (where, caller, place + 1 if caller.opcode == "conditional" else 0)
@@ -106,22 +109,26 @@ class Traffic:
     def collectives(self) -> list[Collective]:
         count: Counter[str] = Counter()
         total: Counter[str] = Counter()
-        for _, instruction, times in self.module.executed():
-            for kind, nbytes in self._sent(instruction):
+        for where, instruction, times in self.module.executed():
+            for kind, nbytes in self._sent(where, instruction):
                 count[kind] += times
                 total[kind] += times * nbytes
         return [Collective(kind, count[kind], total[kind]) for kind in COLLECTIVES if count[kind]]
 
-    def _sent(self, instruction: Instruction) -> list[tuple[str, int]]:
+    def _sent(self, where: str, instruction: Instruction) -> list[tuple[str, int]]:
         """(kind, bytes) of a collective, or of those inside a fusion: a reduce-scatter may be an all-reduce with the
         slice of it that a device keeps."""
         if instruction.opcode == "fusion":
             name = instruction.called[0]
-            inside = [sent for x in self.module.computations[name].values() for sent in self._sent(x)]
+            inside = [sent for x in self.module.computations[name].values() for sent in self._sent(name, x)]
             is_scatter = name.startswith("all-reduce-scatter")
             return [("reduce-scatter", nbytes // 2) if is_scatter else (kind, nbytes) for kind, nbytes in inside]
         kind = next((kind for kind in COLLECTIVES if instruction.opcode in (kind, f"{kind}-start")), None)
-        return [(kind, ring_bytes(kind, instruction))] if kind else []
+        if kind != "ragged-all-to-all":
+            return [(kind, ring_bytes(kind, instruction))] if kind else []
+        room = min(self.module.computations[where][instruction.operands[0]].nbytes, instruction.outputs[-1].nbytes)
+        size = group_size(instruction)
+        return [(kind, int(self.ragged * room * (size - 1) / size))]
 
     def _reads(self, where: str, instruction: Instruction) -> list[tuple[str, int]]:
         """(class, bytes) of each operand in HBM."""

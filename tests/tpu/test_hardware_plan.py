@@ -16,7 +16,8 @@ from jaxllm.generate.load import abstract_model, as_stored
 from jaxllm.paths import parameters
 from jaxllm.tpu.chips import slice_of
 from jaxllm.tpu.held import Held
-from jaxllm.tpu.plan import flops, plan, plans, sent_bytes
+from jaxllm.tpu.plan import flops, plan, plans
+from jaxllm.tpu.sent import sent_bytes
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import device_bytes
 

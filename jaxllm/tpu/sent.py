@@ -1,0 +1,86 @@
+"""The bytes that a device sends to others in a step, counted as the compiled programs send them (docs/tpu.md).
+
+Of n devices a ring that gathers or scatters moves (n - 1) / n of the whole, one that sums everywhere twice that, and an
+exchange (n - 1) / n of what a device has. Activations go in the model's dtype; sums of which a device keeps a part
+(rows of q, k and v, and of what attention gives) and the router's scores in float32. To experts go as many rows as on
+average if all choices are equally likely.
+"""
+import math
+
+from jax.sharding import AbstractMesh
+
+from jaxllm.axes import MESH_AXES, expert_dims, splits_rows, stream
+from jaxllm.config import LayerSpec
+from jaxllm.dispatch import expected_places
+from jaxllm.model import stored_layers
+from jaxllm.tpu.held import Held
+from jaxllm.tpu.steps import Work
+
+F32, INT32 = 4, 4
+TILE = 8        # rows; fewer of a device are not gathered, but summed with zeros for those of others
+
+
+def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
+    """That a device sends in a step; 0 on one device."""
+    sent = Sent(held, mesh, work)
+    layers = sum(sent.by_attention(layer) + (sent.by_experts() if layer.is_moe else sent.by_mlp())
+                 for layer in stored_layers(held.config, mesh))
+    weights = sum(held.weights(mesh).values())
+    return math.ceil(sent.around_layers() + layers + (mesh.shape["data"] - 1) * weights)
+
+
+class Sent:
+    """`whole`: bytes of the residual stream at one place along `data`; `apart`: each device has some rows of it."""
+
+    def __init__(self, held: Held, mesh: AbstractMesh, work: Work):
+        self.config, self.mesh, self.size = held.config, mesh, held.dtype.itemsize
+        data, self.expert, self.tensor = (mesh.shape[axis] for axis in MESH_AXES)
+        self.both, self.rows = self.expert * self.tensor, work.num_tokens // data
+        self.D = held.config.hidden_size
+        self.whole = self.rows * self.D * self.size
+        self.splits_rows = splits_rows(work.batch, mesh)
+        self.apart = stream(work.batch, work.tokens, mesh) != ("batch", None)
+
+    def around_layers(self) -> float:
+        """The embedding's rows, and all of them again for the head."""
+        return reduce(self.both, self.whole) + self.together()
+
+    def together(self) -> float:
+        """To have all rows on each device."""
+        if not self.apart:
+            return 0.0
+        return (reduce if self.rows < TILE * self.both else gather)(self.both, self.whole)
+
+    def by_attention(self, layer: LayerSpec) -> float:
+        rows, expert, tensor = self.rows, self.expert, self.tensor
+        N, K, H, V = layer.num_heads // tensor, layer.num_kv_heads // tensor, layer.head_dim, layer.v_head_dim
+        if self.splits_rows:
+            total = gather(expert, rows * (N * H + K * (H + V)) * F32) + gather(expert, rows * N * V * self.size)
+        else:
+            total = reduce(expert, rows * ((N * H + K * H) * self.size + K * V * F32))
+        if not self.apart:      # summed over heads, then all of D
+            return total + reduce(tensor, self.whole / expert) + gather(expert, self.whole)
+        exchanged = gather(expert, self.whole / self.both)      # rows for parts of D, and back
+        return total + 2 * exchanged + gather(tensor, self.whole / expert * (1 + F32 / self.size))
+
+    def by_mlp(self) -> float:
+        return self.together() + reduce(self.both, self.whole)
+
+    def by_experts(self) -> float:
+        E, A, both = self.config.n_routed_experts, self.config.num_experts_per_tok, self.both
+        assert E is not None and A is not None
+        scores = reduce(both, self.rows * E * F32)
+        if not self.apart:
+            return scores + reduce(both, self.whole)
+        routing = scores + gather(both, self.whole / both) + reduce(both, self.rows * A * (INT32 + F32))
+        if expert_dims(E, self.mesh)[0] == "whole_experts":
+            return routing + 2 * gather(both, self.whole / both) * expected_places(E, A, both)
+        return routing + self.together() + gather(both, self.rows * self.D * F32)
+
+
+def gather(num: int, nbytes: float) -> float:
+    return nbytes * (num - 1) / num
+
+
+def reduce(num: int, nbytes: float) -> float:
+    return 2 * gather(num, nbytes)
