@@ -21,6 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 MESH_AXES = ("data", "expert", "tensor")
+LEAST_STREAM = 2**18       # bytes: a v6e chip sends as many in 0.7 us, about what it takes to begin
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
@@ -58,10 +59,14 @@ def splits_rows(num: int, mesh: Mesh | AbstractMesh) -> bool:
     return num % (mesh.shape["data"] * mesh.shape["expert"]) == 0
 
 
-def stream(batch: int, tokens: int, mesh: Mesh | AbstractMesh) -> tuple[str, str | None]:
+def stream(batch: int, tokens: int, token_bytes: int, mesh: Mesh | AbstractMesh) -> tuple[str, str | None]:
     """The logical names of the residual stream's dims B and T: over all devices go rows of the batch, or else a row's
-    tokens, or else neither, and what `data` does not split is then the same along the other axes."""
-    if (places := degree(mesh, "stream_seq")) == 1:
+    tokens, or else neither, and what `data` does not split is then the same along the other axes.
+
+    That sends least, in more messages; where a place along `data` has less than LEAST_STREAM bytes, it is neither.
+    """
+    places = degree(mesh, "stream_seq")
+    if places == 1 or batch * tokens * token_bytes < LEAST_STREAM * mesh.shape["data"]:
         return "batch", None
     if batch % degree(mesh, "stream_batch") == 0:
         return "stream_batch", None

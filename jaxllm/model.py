@@ -80,8 +80,8 @@ class Transformer(nnx.Module):
         end_B = start_B + (T if length_B is None else length_B)
         position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         ropes = {kind: rope_angles(position_BT, *kind) for kind in {rope_kind(layer) for layer in self.config.layers}}
-        rows = spec(*stream(B, T, jax.sharding.get_abstract_mesh()), None)
-        x, new = jax.reshard(self.embed(tokens_BT), rows), []
+        x, new = self.embed(tokens_BT), []
+        x = jax.reshard(x, spec(*stream(B, T, x.nbytes // (B * T), jax.sharding.get_abstract_mesh()), None))
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x, layer_cache, _ = layer(x, ropes[rope_kind(layer.attention.layer)], start_B, end_B,

@@ -225,7 +225,8 @@ def test_a_mesh_larger_than_the_devices(mesh, folders):
     ({"vocab_size": 252}, "expert=2,tensor=4", "vocab_size = 252 cannot be split over mesh axis expert = 2 x"),
     ({"intermediate_size": 60}, "tensor=8", "intermediate_size = 60 cannot be split over mesh axis expert = 1 x"),
     ({"n_routed_experts": 12}, "expert=8", "n_routed_experts = 12 cannot be split over mesh axis expert = 8"),
-    ({"moe_intermediate_size": 12}, "tensor=8", "moe_intermediate_size = 12 cannot be split over mesh axis tensor = 8"),
+    ({"n_routed_experts": 12, "moe_intermediate_size": 12}, "tensor=8",
+     "moe_intermediate_size = 12 cannot be split over mesh axis tensor = 8"),
     ({"num_attention_heads": 4}, "tensor=8", "num_attention_heads = 4 cannot be split over mesh axis tensor = 8"),
     ({"swa_num_attention_heads": 4}, "tensor=8", "swa_num_attention_heads = 4 cannot be split over mesh axis tensor"),
     ({"num_attention_heads": 24, "num_key_value_heads": 6}, "tensor=8",
@@ -248,6 +249,7 @@ def test_dims_that_cannot_be_split(changes, mesh, message, tmp_path):
     ({"moe_layer_freq": [1, 1, 1], "intermediate_size": 60}, "tensor=8"),       # no dense layer has that dim
     ({"moe_layer_freq": [0, 0, 0], "n_routed_experts": 12, "moe_intermediate_size": 12}, "expert=2,tensor=4"),
     ({"vocab_size": 252, "intermediate_size": 60, "n_routed_experts": 12}, "data=8"),
+    ({"moe_intermediate_size": 12}, "tensor=8"),        # whole experts, two on each device
 ])
 def test_dims_that_can_be_split(changes, mesh):
     check_mesh(jaxllm.Config.from_dict(TINY | changes), jaxllm.make_abstract_mesh(mesh))

@@ -21,7 +21,7 @@ from jaxllm.paths import parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = ("data=2,expert=2,tensor=2", "expert=8", "tensor=8", "data=8")
-BOTH = ("expert", "tensor")
+BOTH, PLACES = ("expert", "tensor"), ("tensor", "expert")
 
 # A full dense layer and a sliding one with experts and sinks. B 16, S 32 and 8, D 64, N 8, K 2 and 4, H 24, V 16,
 # F 128, E 24, I 40, W 256: mostly different, so that no shape is right by accident.
@@ -52,11 +52,11 @@ PARAMETERS = {
     "layers.1.attention.o_NVD": (P("tensor", None, "expert"), "DD", (4, 16, 16), (8, 16, 8), (1, 16, 64), (8, 16, 8)),
     "layers.1.attention.sink_N": (P("tensor"), "--", (4,), (8,), (1,), (8,)),
     "layers.1.mlp_norm.scale_D": (P(None), "--", (64,), (64,), (64,), (64,)),
-    "layers.1.moe.router_DE": (P(BOTH, None), "ED", (16, 12), (8, 24), (8, 24), (8, 24)),
+    "layers.1.moe.router_DE": (P(PLACES, None), "ED", (16, 12), (8, 24), (8, 24), (8, 24)),
     "layers.1.moe.bias_E": (P(None), "--", (24,), (24,), (24,), (24,)),
-    "layers.1.moe.gate_EDI": (P("expert", None, "tensor"), "DD", (12, 32, 20), (3, 64, 40), (24, 64, 5), (24, 8, 40)),
-    "layers.1.moe.up_EDI": (P("expert", None, "tensor"), "DD", (12, 32, 20), (3, 64, 40), (24, 64, 5), (24, 8, 40)),
-    "layers.1.moe.down_EID": (P("expert", "tensor", None), "DD", (12, 20, 32), (3, 40, 64), (24, 5, 64), (24, 40, 8)),
+    "layers.1.moe.gate_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (3, 64, 40), (24, 8, 40)),
+    "layers.1.moe.up_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (3, 64, 40), (24, 8, 40)),
+    "layers.1.moe.down_EID": (P(PLACES, None, None), "DD", (6, 40, 32), (3, 40, 64), (3, 40, 64), (24, 40, 8)),
 }
 KV = P(("data", "expert"), "tensor", None, None)      # rows: no device holds what another one has
 CACHE = {

@@ -39,7 +39,7 @@ class Sent:
         self.D = held.config.hidden_size
         self.whole = self.rows * self.D * self.size
         self.splits_rows = splits_rows(work.batch, mesh)
-        self.apart = stream(work.batch, work.tokens, mesh) != ("batch", None)
+        self.apart = stream(work.batch, work.tokens, self.D * self.size, mesh) != ("batch", None)
 
     def around_layers(self) -> float:
         """The embedding's rows, and all of them again for the head."""

@@ -71,7 +71,7 @@ def test_where_things_lie():
     state, _ = plan.begin(None)
     specs = {path: array.sharding.spec for path, array in state.trained.items()}
     assert all("data" in str(found) for path, found in specs.items() if state.trained[path].ndim > 1)
-    assert specs["layers.1.moe.gate_EDI"] == P("expert", "data", "tensor")
+    assert specs["layers.1.moe.gate_EDI"] == P(("tensor", "expert"), "data", None)
     assert specs["embed_WD"] == P(("expert", "tensor"), "data") and specs["norm.scale_D"] == P(None)
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for moments in (adam.mu, adam.nu):
