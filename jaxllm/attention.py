@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.axes import along, attention_rows, spec
 from jaxllm.cache import LayerCache, slot_positions, with_previous, write

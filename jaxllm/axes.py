@@ -11,7 +11,7 @@ Attention has no experts, and a router neither heads nor experts of its own: alo
 split by D, and the partial products are added. What attention computes, and its cache, is split by rows along `expert`
 too, where their number divides. Where it does not, a full layer's cache is split there by slots: each place attends to
 its part of the context (context parallelism). Between the products a token's row is on one device, where that divides
-(`stream`), and an expert is whole on one device, where the number of experts divides by that of devices (`expert_dims`).
+(`stream`), and an expert is whole on one, where the number of experts divides by that of devices (`expert_dims`).
 """
 import math
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,6 @@ from jaxllm.tpu.held import Held
 from jaxllm.tpu.steps import Work
 
 F32, INT32 = 4, 4
-TILE = 8        # rows; fewer of a device are not gathered, but summed with zeros for those of others
 
 
 def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
@@ -49,7 +48,8 @@ class Sent:
         """To have all rows on each device."""
         if not self.apart:
             return 0.0
-        return (reduce if self.rows < TILE * self.both else gather)(self.both, self.whole)
+        is_one = self.rows == self.both      # a single row of a device is summed with zeros for those of others
+        return (reduce if is_one else gather)(self.both, self.whole)
 
     def by_attention(self, layer: LayerSpec) -> float:
         rows, expert, tensor = self.rows, self.expert, self.tensor
@@ -58,6 +58,8 @@ class Sent:
             total = gather(expert, rows * (N * H + K * (H + V)) * F32) + gather(expert, rows * N * V * self.size)
         else:
             total = reduce(expert, rows * ((N * H + K * H) * self.size + K * V * F32))
+            if layer.window is None:      # what each place found in its slots: output, sum and maximum
+                total += reduce(expert, rows * N * (V + 2) * F32)
         if not self.apart:      # summed over heads, then all of D
             return total + reduce(tensor, self.whole / expert) + gather(expert, self.whole)
         exchanged = gather(expert, self.whole / self.both)      # rows for parts of D, and back

@@ -39,14 +39,18 @@ def first_layers(folder: Path, num: int) -> dict:
 
 
 @pytest.mark.parametrize(("name", "on", "counts"), [
-    ("MiMo-V2.6-Pro", "v6e:8x8", {"all-reduce": 16, "reduce-scatter": 4, "all-gather": 8}),
-    ("MiMo-V2-Flash", "tpu7x:2x4x2", {"all-reduce": 13, "reduce-scatter": 11, "all-gather": 8}),
+    ("MiMo-V2.6-Pro", "v6e:8x8", {"all-reduce": 17, "reduce-scatter": 8, "all-gather": 8, "all-to-all": 11,
+                                   "ragged-all-to-all": 6}),
+    ("MiMo-V2-Flash", "tpu7x:2x4x2", {"all-reduce": 6, "reduce-scatter": 15, "all-gather": 16, "all-to-all": 11,
+                                       "ragged-all-to-all": 6}),
 ])
 def test_decode(libtpu, name, on, counts):
     """Arguments are what is held, to the 3% that tiles pad. Nothing large is made: no copy of a cache or of experts.
-    HBM moves at most 1.4 times the least, the bound that is asked of a whole model. Each layer sums q, k and v over
-    parts of D (some of them at once), gathers rows for the output projection, sums over heads, gathers D, and sums
-    what experts or the dense hidden dim give; three sum the router's scores; the embedding's rows are summed once."""
+    HBM moves at most 1.4 times the least, the bound that is asked of a whole model. Each layer exchanges
+    rows for parts of D and back, gathers those, sums q, k and v over them (some of them at once), gathers rows for the
+    output projection, and sums over heads. The dense one gathers rows and sums. Three exchange rows for the router and
+    sum its scores, gather what it chose, and send rows to experts and back. The embedding's rows are summed once, and
+    all are gathered for the head. Sums of which a device keeps a part are scattered, or on v6e some are not."""
     planned, found = compiled(name, on, batch=64, context=32768)
     assert found.memory["arguments"] == pytest.approx(sum(found.held.values()), rel=0.03)
     assert found.memory["temporaries"] <= LARGE and not found.large, found.large

@@ -90,6 +90,16 @@ def test_collectives(traffic):
                                      Collective("reduce-scatter", 1, 8 * 32 * 4 * 3 // 4)]
 
 
+def test_ragged_exchanges():
+    """Of as many rows as there are room for on both sides, those that are sent to others, or an expected part."""
+    program = PROGRAM.replace("  %gathered =", """  %rows = bf16[4,256]{1,0} ragged-all-to-all(%x, %c, %i0, %i0, %i0, %i0), \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}
+  %gathered =""")
+    for share, nbytes in ((1.0, 512 * 3 // 4), (0.5, 512 * 3 // 8)):
+        found = Traffic(parse(program), {}, share).collectives()
+        assert Collective("ragged-all-to-all", 1, nbytes) in found
+
+
 def test_large_buffers_are_named(traffic):
     found = {x.name: x for x in traffic.large(2048)}
     assert found.keys() == {"turned", "gathered", "kernel"}      # what is written is so in place
