@@ -92,7 +92,7 @@ def test_collectives(traffic):
 
 def test_ragged_exchanges():
     """Of as many rows as there are room for on both sides, those that are sent to others, or an expected part."""
-    program = PROGRAM.replace("  %gathered =", """  %rows = bf16[4,256]{1,0} ragged-all-to-all(%x, %c, %i0, %i0, %i0, %i0), \
+    program = PROGRAM.replace("  %gathered =", """  %rows = bf16[4,256]{1,0} ragged-all-to-all(%x, %c, %i0, %i0, %i0), \
 replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}
   %gathered =""")
     for share, nbytes in ((1.0, 512 * 3 // 4), (0.5, 512 * 3 // 8)):
