@@ -7,19 +7,23 @@ they are decoded or widened as they are used, one expert at a time.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.grouped_matmul import grouped_matmul, is_of_words
+from jaxllm.experts_in_turns import (
+    Experts,
+    Gradients,
+    count_rows,
+    experts_in_turns,
+    gradients_in_turns,
+    has_grouped_product,
+)
 from jaxllm.linear import einsum, matmul
-from jaxllm.quant import Packed, Weight, take
+from jaxllm.quant import Weight, take, trained_part, with_trained_part
 
-Experts = tuple[Weight, Weight, Weight]      # gate_eDI, up_eDI, down_eID
-TURN = 1024                                  # rows of a packed product on a TPU
-MANY_TOKENS = 64                             # from here on a GPU computes all experts at once (docs/log.md)
+MANY_TOKENS = 64      # from here on a GPU computes all experts at once (docs/log.md)
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -33,12 +37,6 @@ def block_rows(num_rows: int, num_experts: int) -> int:
         return 1 << max(0, math.ceil(math.log2(x)))
     mean = num_rows / num_experts
     return min(128 if mean < 512 else 512, max(min(16, power(2 * mean)), power(mean)))
-
-
-def count_rows(local_MA: jax.Array, num_experts: int) -> jax.Array:
-    """int32 [e]: how many tokens chose each of this device's experts."""
-    chosen_RE = local_MA.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
-    return jnp.sum(chosen_RE, axis=0, dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +81,14 @@ def apply_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, ex
     float32 [M, D]. All must vary over the same mesh axes. Gradients: of x, the weights and what of the experts
     `trained_part` has.
     """
-    if all(isinstance(w, jax.Array) for w in experts):
-        return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
-                                          cpu=experts_by_block, cuda=experts_on_gpu, rocm=experts_on_gpu,
-                                          default=experts_by_ragged_dot)
-    if all(isinstance(w, Packed) and is_of_words(w) for w in experts):
-        return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts,
-                                          tpu=experts_by_kernel, default=experts_by_block)
-    return experts_by_block(x_MD, local_MA, weight_MA, *experts)      # ragged_dot wants all experts decoded
+    gpu = experts_on_gpu if is_plain(experts) else experts_by_block      # ragged_dot wants all experts decoded
+    tpu = experts_in_turns if all(map(has_grouped_product, experts)) else experts_by_block
+    return jax.lax.platform_dependent(x_MD, local_MA, weight_MA, *experts, cuda=gpu, rocm=gpu, tpu=tpu,
+                                      default=experts_by_block)
+
+
+def is_plain(experts: Sequence[Weight]) -> bool:
+    return all(isinstance(w, jax.Array) for w in experts)
 
 
 def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight) -> jax.Array:
@@ -142,50 +140,6 @@ def experts_on_gpu(x_MD: jax.Array, *inputs: jax.Array) -> jax.Array:
     return (experts_at_once if x_MD.shape[0] >= MANY_TOKENS else experts_by_ragged_dot)(x_MD, *inputs)
 
 
-def experts_by_kernel(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight,
-                      interpret: bool = False) -> jax.Array:
-    """By the TPU kernel for packed experts: their rows come first, and go in turns of at most TURN, so that memory is
-    that of the rows there are and not of the R that any imbalance could bring."""
-    (M, A), e = local_MA.shape, experts[0].shape[0]
-    order_R = jnp.argsort(local_MA.reshape(M * A))
-    count_e, turn = count_rows(local_MA, e), min(M * A, TURN)
-    row_R = jnp.pad(order_R, (0, -M * A % turn), constant_values=M * A)
-    end_e = jnp.cumsum(count_e)
-    product = partial(grouped_matmul, interpret=interpret)
-
-    def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
-        row_r = jax.lax.dynamic_slice_in_dim(row_R, n * turn, turn)
-        inside_e = jnp.clip(end_e - n * turn, 0, turn)
-        here_e = jnp.diff(inside_e, prepend=0)
-        x_rD = x_MD.at[row_r // A].get(mode="clip")
-        gate, up, down = experts
-        hidden = (jax.nn.silu(product(x_rD, gate, here_e)) * product(x_rD, up, here_e)).astype(x_MD.dtype)
-        y_rD = product(hidden, down, here_e) * weight_MA.reshape(M * A).at[row_r].get(mode="clip")[:, None]
-        return out_MD.at[row_r // A].add(y_rD, mode="drop")
-
-    start = jnp.zeros_like(x_MD, jnp.float32)
-    if turn == M * A:
-        return compute(jnp.int32(0), start)
-    return jax.lax.fori_loop(0, -(-end_e[-1] // turn), compute, start)
-
-
-def trained_part(weights: Sequence[Weight]) -> list[Any]:
-    """What of each weight has a gradient: a plain array, the adapter of an adapted one, nothing of a packed one."""
-    return [w if isinstance(w, jax.Array) else None if isinstance(w, Packed) else (w.a, w.b) for w in weights]
-
-
-def with_trained_part(weights: Sequence[Any], trained: Sequence[Any]) -> tuple[Any, ...]:
-    """The weights with that part of them replaced."""
-    def one(weight: Any, part: Any) -> Any:
-        if part is None:
-            return weight
-        return dataclasses.replace(weight, a=part[0], b=part[1]) if isinstance(part, tuple) else part
-    return tuple(map(one, weights, trained))
-
-
-Gradients = tuple[jax.Array, jax.Array, Any]      # of x_MD, weight_MA, and the trained part of the experts
-
-
 def gradients_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, experts: Experts,
                        d_out_MD: jax.Array) -> Gradients:
     """The loop of `experts_by_block` again: each block's hidden values are made once more, and nothing is kept of them.
@@ -234,13 +188,10 @@ def _forward(*inputs: Any) -> tuple[jax.Array, Any]:
 
 def _backward(inputs: Any, d_out_MD: jax.Array) -> Any:
     x_MD, local_MA, weight_MA, experts = inputs
-    if all(isinstance(w, jax.Array) for w in experts):
-        dx, dweight, dexperts = jax.lax.platform_dependent(
-            x_MD, local_MA, weight_MA, experts, d_out_MD, cpu=gradients_by_block,
-            cuda=gradients_through(experts_on_gpu), rocm=gradients_through(experts_on_gpu),
-            default=gradients_through(experts_by_ragged_dot))
-    else:
-        dx, dweight, dexperts = gradients_by_block(x_MD, local_MA, weight_MA, experts, d_out_MD)
+    gpu = gradients_through(experts_on_gpu) if is_plain(experts) else gradients_by_block
+    tpu = gradients_in_turns if all(map(has_grouped_product, experts)) else gradients_by_block
+    dx, dweight, dexperts = jax.lax.platform_dependent(*inputs, d_out_MD, cuda=gpu, rocm=gpu, tpu=tpu,
+                                                       default=gradients_by_block)
     none = jax.tree.map(lambda _: None, experts)      # no gradient of codes, scales, and what is adapted
     return dx, None, dweight, with_trained_part(none, dexperts)
 

@@ -90,6 +90,20 @@ def take(weight: Weight, index: jax.Array) -> Weight:
     return pick(weight)
 
 
+def trained_part(weights: Sequence[Weight]) -> list[Any]:
+    """What of each weight has a gradient: a plain array, the adapter of an adapted one, nothing of a packed one."""
+    return [w if isinstance(w, jax.Array) else None if isinstance(w, Packed) else (w.a, w.b) for w in weights]
+
+
+def with_trained_part(weights: Sequence[Any], trained: Sequence[Any]) -> tuple[Any, ...]:
+    """The weights with that part of them replaced."""
+    def one(weight: Any, part: Any) -> Any:
+        if part is None:
+            return weight
+        return dataclasses.replace(weight, a=part[0], b=part[1]) if isinstance(part, tuple) else part
+    return tuple(map(one, weights, trained))
+
+
 def _values(weight: Packed) -> jax.Array:
     """float32 codes, in the shape of the weight."""
     if weight.kind == "fp8":

@@ -17,8 +17,8 @@ MAX_LINES = 300
 ROWS = [
     {"__main__"}, {"cli"}, {"tpu"}, {"info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"},
     {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"}, {"dispatch"},
-    {"self_attention", "splash", "cache", "rope", "norm", "experts"}, {"linear", "gathered", "kernels"},
-    {"axes", "quant"},
+    {"self_attention", "splash", "cache", "rope", "norm", "experts", "experts_in_turns"},
+    {"linear", "gathered", "kernels"}, {"axes", "quant"},
     {"paths", "config", "config_check", "config_hub", "codec", "encode"},
 ]
 NEVER = {"torch", "transformers", "safetensors"}        # only tests and tools may lean on them

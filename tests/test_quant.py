@@ -9,13 +9,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_codec import random_packed
 
-from jaxllm import experts, linear
+from jaxllm import experts_in_turns, linear
 from jaxllm.axes import make_mesh
 from jaxllm.codec import DTYPES, unpack
-from jaxllm.experts import experts_by_block, experts_by_kernel
+from jaxllm.experts import experts_by_block, gradients_by_block
 from jaxllm.linear import einsum, matmul, matmul_in_parts
 from jaxllm.moe import local_experts
-from jaxllm.quant import Packed, decode, take
+from jaxllm.quant import Adapted, Packed, decode, take
 
 SHAPES = [((64, 6), (2, 6), 0), ((12, 4, 24), (3, 4, 8), 0), ((2, 64, 8), (2, 2, 8), 1), ((4, 16, 6), (2, 1, 6), 1)]
 
@@ -115,21 +115,30 @@ def test_experts_one_at_a_time(kind):
 
 
 @pytest.mark.parametrize("turn", [4096, 8])
-@pytest.mark.parametrize("kind", DTYPES)
-def test_experts_by_kernel(kind, turn, monkeypatch):
-    """In one turn and in several, of which an expert's rows may need two; a chosen id E is of another device. float32
-    sums of up to 64 products in another order, of values up to 2000: 2e-6 of the largest."""
-    monkeypatch.setattr(experts, "TURN", turn)
+@pytest.mark.parametrize("kind", [*DTYPES, "adapted", "mixed"])
+def test_experts_in_turns(kind, turn, monkeypatch):
+    """Values and gradients, in one turn and in several, of which an expert's rows may need two; a chosen id E is of
+    another device. float32 sums of up to 64 products in another order, of values up to 2000: 2e-6 of the largest."""
+    monkeypatch.setattr(experts_in_turns, "TURN", turn)
+    monkeypatch.setattr(experts_in_turns, "TURN_BACK", turn)
     E, D, I, M, A = 4, 64, 32, 13, 3      # noqa: E741
     rng = np.random.default_rng(4)
-    gate, up = (packed(kind, (E, D, I), (E, 2, I), 1, seed)[0] for seed in (1, 2))
-    down = packed(kind, (E, I, D), (E, 1, D), 1, 3)[0]
-    x_MD = jnp.asarray(rng.standard_normal((M, D), np.float32))
+    shapes, codes = ((E, D, I), (E, D, I), (E, I, D)), "mxfp4" if kind in ("adapted", "mixed") else kind
+    weights = [packed(codes, shape, (E, shape[1] // 32, shape[2]), 1, seed)[0] for seed, shape in enumerate(shapes)]
+    if kind != codes:      # with an adapter; and one that is trained itself
+        a, b = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((E, D, 2), (E, 2, I)))
+        weights[:2] = Adapted(weights[0], a, b, 0.5), weights[1] if kind == "adapted" else b[:, :1] * a[:, :, :1]
+    x_MD, d_out = (jnp.asarray(rng.standard_normal((M, D), np.float32)) for _ in range(2))
     chosen = jnp.asarray(np.stack([rng.permutation(E + 1)[:A] for _ in range(M)]).astype(np.int32))
     weight = jnp.asarray(rng.uniform(0.1, 1, (M, A)).astype(np.float32))
-    found = experts_by_kernel(x_MD, chosen, weight, gate, up, down, interpret=True)
-    expected = experts_by_block(x_MD, chosen, weight, gate, up, down)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    found = (experts_in_turns.experts_in_turns(x_MD, chosen, weight, *weights, interpret=True),
+             experts_in_turns.gradients_in_turns(x_MD, chosen, weight, tuple(weights), d_out, interpret=True))
+    expected = (experts_by_block(x_MD, chosen, weight, *weights),
+                gradients_by_block(x_MD, chosen, weight, tuple(weights), d_out))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == other.dtype and np.abs(other).max() > 0
+        np.testing.assert_allclose(ours, other, rtol=0, atol=2e-6 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.axes import spec
+from jaxllm.axes import degree, spec
 from jaxllm.linear import einsum
 from jaxllm.quant import Packed, decode
 
 Head = jax.Array | Packed
-PIECE = 2**21      # logits at once, at most: of 2^19 .. 2^25 the fastest on two cores, by a fifth or more
+PIECE = 2**21      # logits at once on a CPU, at most: of 2^19 .. 2^25 the fastest on two cores, by a fifth or more
+PLACES = 2048      # of a device at once elsewhere: from 1,100 on a v6e multiplies longer than it reads the head
 
 
 @jax.custom_vjp
@@ -34,8 +35,8 @@ def logits_of(x_BTD: jax.Array, head_DW: Head) -> jax.Array:
 
 def nats_of(logits_BTW: jax.Array, target_BT: jax.Array, counted_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(nats summed over the places that are counted, their gradient in the logits)."""
-    id_W = jnp.arange(logits_BTW.shape[-1], dtype=jnp.int32)[None, None, :]      # no look-up: W is split over the mesh
-    is_target_BTW = id_W == target_BT[..., None]
+    id_W = jax.reshard(jnp.arange(logits_BTW.shape[-1], dtype=jnp.int32), spec("vocab"))
+    is_target_BTW = id_W[None, None, :] == target_BT[..., None]      # no look-up: W is split over the mesh
     peak_BT = logits_BTW.max(-1)
     weight_BTW = jnp.exp(logits_BTW - peak_BT[..., None])
     total_BT = weight_BTW.sum(-1)
@@ -59,8 +60,7 @@ def _forward(x_BTD: jax.Array, head_DW: Head, target_BT: jax.Array, counted_BT: 
         return nats, (d_x, *(einsum("dbt,btw->dw", x_DBT, d_logits, spec("embed", "vocab")) for _ in plain))
 
     start = tuple(jnp.zeros_like(head, jnp.float32) for head in plain)
-    nats, d_x, d_head = _over_pieces(piece, start, x_BTD, target_BT, counted_BT, head_DW)
-    d_x_BTD = jax.lax.reshape(jnp.moveaxis(d_x, 0, 1), x_BTD.shape, out_sharding=spec("batch", None, None))
+    nats, d_x_BTD, d_head = _over_pieces(piece, start, x_BTD, target_BT, counted_BT, head_DW)
     return nats, (d_x_BTD, tuple(d.astype(head.dtype) for d, head in zip(d_head, plain, strict=True)))
 
 
@@ -75,18 +75,28 @@ sum_of_nats.defvjp(_forward, _backward)
 def _over_pieces(function: Callable[..., tuple[jax.Array, Any]], start: Any, x_BTD: jax.Array, target_BT: jax.Array,
                  counted_BT: jax.Array, head_DW: Head) -> Any:
     """function(x, target, counted) -> (sum, (gradient of x, *of the head) or ()) over the pieces of T, in turn: the
-    sum of the sums, the gradients of x one after the other, and from `start` the sum of the others."""
+    sum of the sums, the gradients of x, and from `start` the sum of the others."""
     B, T, _ = x_BTD.shape
-    num = next(n for n in range(1, T + 1) if T % n == 0 and (B * T // n * head_DW.shape[1] <= PIECE or n == T))
+    b = B // degree(jax.sharding.get_abstract_mesh(), "batch")
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(B, num, T // num, *x.shape[2:]), 1, 0)
+    def num_pieces(rows: int, most: int) -> int:
+        return next(n for n in range(1, T + 1) if T % n == 0 and (rows * (T // n) <= most or n == T))
 
-    def add(state: Any, piece: Any) -> Any:
-        total, rest = state
-        value, gradients = function(*piece)
-        d_x, *d_rest = gradients or (None,)
-        return (total + value, jax.tree.map(lambda all, one: all + one.astype(all.dtype), rest, tuple(d_rest))), d_x
+    def over(num: int) -> Callable[..., Any]:
+        def cut(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(B, num, T // num, *x.shape[2:]), 1, 0)
 
-    (total, rest), d_x = jax.lax.scan(add, (jnp.float32(0), start), tuple(map(cut, (x_BTD, target_BT, counted_BT))))
-    return total, d_x, rest
+        def add(state: Any, piece: Any) -> Any:
+            total, rest = state
+            value, gradients = function(*piece)
+            d_x, *d_rest = gradients or (None,)
+            return (total + value, jax.tree.map(lambda all, one: all + one.astype(all.dtype), rest, tuple(d_rest))), d_x
+
+        def run(start: Any, *places: jax.Array) -> Any:
+            (total, rest), d_x = jax.lax.scan(add, (jnp.float32(0), start), tuple(map(cut, places)))
+            d_x_BTD = jax.tree.map(lambda d: jax.lax.reshape(
+                jnp.moveaxis(d, 0, 1), x_BTD.shape, out_sharding=spec("batch", None, None)), d_x)
+            return total, d_x_BTD, rest
+        return run
+    return jax.lax.platform_dependent(start, x_BTD, target_BT, counted_BT, default=over(num_pieces(b, PLACES)),
+                                      cpu=over(num_pieces(B * head_DW.shape[1], PIECE)))
