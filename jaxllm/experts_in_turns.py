@@ -18,7 +18,7 @@ from jaxllm.quant import Adapted, Packed, Weight, trained_part, with_trained_par
 Experts = tuple[Weight, Weight, Weight]           # gate_eDI, up_eDI, down_eID
 Gradients = tuple[jax.Array, jax.Array, Any]      # of x_MD, weight_MA, and the trained part of the experts
 TURN = 1024                                       # rows
-TURN_BACK = 2**14      # in the backward pass, whose turns read and write the float32 gradients of all weights again
+TURN_BACK = 2**14                                 # in the backward pass, where a turn also decodes for three products
 
 
 def has_grouped_product(weight: Weight) -> bool:
@@ -102,7 +102,10 @@ def experts_in_turns(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array,
 def gradients_in_turns(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, experts: Experts,
                        d_out_MD: jax.Array, interpret: bool = False) -> Gradients:
     """As `gradients_by_block`: hidden values are made once more, with the router's weights in them."""
-    A, turns = local_MA.shape[1], lay_out(local_MA, experts[0].shape[0], TURN_BACK)
+    # Of plain weights each turn reads and writes all gradients: as many rows as take the memory of one are a turn.
+    e, _, I = experts[0].shape
+    most = max(TURN_BACK, e * I if any(isinstance(w, jax.Array) for w in experts) else 0)
+    A, turns = local_MA.shape[1], lay_out(local_MA, e, most)
     product, weight_R = partial(grouped_product, interpret=interpret), weight_MA.reshape(-1)
 
     def compute(n: jax.Array, state: Gradients) -> Gradients:

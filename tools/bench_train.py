@@ -78,7 +78,7 @@ def our_step(folder: Path, B: int, T: int, steps: int) -> Callable[[], float]:
               learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON, weight_decay=WEIGHT_DECAY,
               clip=CLIP, balance_weight=0.0, bias_update=0.0)
     mesh, source, tokens_BT = make_mesh(), open_source(folder), tokens_of(folder, B, T)
-    plan = make_plan(run, Config.from_hub(folder), mesh, source, num_mtp=0)
+    plan = make_plan(run, Config.from_hub(folder), mesh, source.params if source else {}, num_mtp=0)
     arrays = tokens_BT, np.zeros_like(tokens_BT), np.broadcast_to(np.arange(T) > 0, (B, T))
     with jax.set_mesh(mesh):
         state, frozen = plan.begin(source)

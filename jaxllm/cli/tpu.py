@@ -2,20 +2,26 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from jaxllm.axes import make_abstract_mesh
 from jaxllm.cli.models import MESH_HELP
 from jaxllm.cli.parser import Verbs
 from jaxllm.config import Config
 from jaxllm.model import check_mesh
+from jaxllm.tpu import plan as step_planner
+from jaxllm.tpu import train_plan as train_planner
 from jaxllm.tpu.chips import Slice, slice_of
 from jaxllm.tpu.held import Held
-from jaxllm.tpu.plan import Plan, plan, plans, smallest
+from jaxllm.tpu.plan import Plan
 from jaxllm.tpu.program import compile_step, devices_of, params_of
 from jaxllm.tpu.report import Report, report_of
-from jaxllm.tpu.steps import STEPS, Work, work_of
+from jaxllm.tpu.steps import STEPS, TRAIN, TRAIN_CONTEXT, Training, Work, training_of, work_of
+from jaxllm.tpu.train_plan import TrainPlan
+from jaxllm.tpu.train_program import compile_train
 from jaxllm.train.memory import show
 
+CONTEXT = 32768
 WEIGHTS = ("mxfp4", "fp8", "int4")
 RUNNERS_UP = 4
 
@@ -24,50 +30,68 @@ def add_plan(verbs: Verbs) -> None:
     verb = verbs.add_parser("plan", help="whether a model fits a slice, and how fast it could be there",
                             description="Tells the bytes of each device by kind, the best mesh and the runners-up, and "
                                         "the time of a step at 100% of the rates in the data sheets, which no program "
-                                        "reaches. Reads only config.json, and needs no device and no compiler.")
+                                        "reaches; of training also the days of a run. Reads only config.json, and "
+                                        "needs no device and no compiler.")
     add_step(verb, "as in v6e:8x8, h100:8, gpu:8x24GB, or all; an unknown one lists those there are")
     verb.set_defaults(run=run_plan)
 
 
 def run_plan(args: argparse.Namespace) -> None:
     held = held_of(args)
-    work = work_of(held.config, args.step, args.batch, args.context, args.tokens)
+    work = asked(args, held.config)
     if args.on == "all":
-        found = smallest(held, work)
+        found = planner(work).smallest(held, work)
         if not found:
             raise ValueError(f"{args.model}: no slice of the table holds it with {args.batch} rows of {args.context}")
         print("\n".join(x.row() for x in found))
     else:
-        found = on_slice(held, slice_of(args.on), args.mesh, work)
+        on = slice_of(args.on)
+        found = on_slice(held, on, args.mesh, work)
+        if found[0].on.num_chips < on.num_chips:
+            print(f"no mesh over all {on.num_chips} of {on.name} holds it: {found[0].on.num_chips} take part")
         print("\n".join(x.row() for x in found[:1 + RUNNERS_UP]))
         print(found[0].describe())
     write(args, [x.to_dict() for x in found], found[0])
 
 
-def on_slice(held: Held, on: Slice, mesh: str | None, work: Work) -> list[Plan]:
+def asked(args: argparse.Namespace, config: Config) -> Work | Training:
+    """The step that the arguments name. ValueError for those that belong to another."""
+    if args.step == TRAIN:
+        return training_of(config, args.batch, args.context or TRAIN_CONTEXT, args.lora, args.tokens)
+    if args.lora is not None:
+        raise ValueError(f"--lora is for --step {TRAIN}, not {args.step}")
+    return work_of(config, args.step, args.batch, CONTEXT if args.context is None else args.context, args.tokens)
+
+
+def planner(work: Work | Training) -> Any:
+    """Whose `plan`, `plans` and `smallest` are for such work."""
+    return train_planner if isinstance(work, Training) else step_planner
+
+
+def on_slice(held: Held, on: Slice, mesh: str | None, work: Work | Training) -> list[Any]:
     """Plans that fit, the best first. ValueError says by how much it does not, and what is the smallest that does."""
-    found = [on_mesh(held, on, mesh, work)] if mesh else plans(held, on, work)
+    found = [on_mesh(held, on, mesh, work)] if mesh else planner(work).plans(held, on, work)
     if not found:
         raise ValueError(f"{held.name}: no mesh over the {on.num_devices} devices of {on.name} splits the model and "
                          f"{work.batch} rows evenly")
     if fitting := [x for x in found if x.fits]:
         return fitting
     best, usable = found[0], on.chip.usable_hbm.value
-    larger = smallest(held, work)
+    larger = planner(work).smallest(held, work)
     same = [x for x in larger if x.on.chip == on.chip] or larger
     raise ValueError(f"{held.name} with {work.batch} rows of {work.context} does not fit {on.name}: a device would "
                      f"hold {show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
                      + (f"the smallest that fits is {same[0].on.name}" if same else "no slice of the table holds it"))
 
 
-def on_mesh(held: Held, on: Slice, mesh: str, work: Work) -> Plan:
+def on_mesh(held: Held, on: Slice, mesh: str, work: Work | Training) -> Plan | TrainPlan:
     abstract = make_abstract_mesh(mesh)
     check_mesh(held.config, abstract)
     if abstract.size != on.num_devices:
         raise ValueError(f"the mesh has {abstract.size} devices, but {on.name} has {on.num_devices}: all take part")
     if work.batch % abstract.shape["data"]:
         raise ValueError(f"batch = {work.batch} cannot be split over mesh axis data = {abstract.shape['data']}")
-    return plan(held, on, abstract, work)
+    return planner(work).plan(held, on, abstract, work)
 
 
 def add_compile(verbs: Verbs) -> None:
@@ -80,11 +104,12 @@ def add_compile(verbs: Verbs) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> None:
-    on, config = slice_of(args.on), Config.from_hub(args.model)
-    work = work_of(config, args.step, args.batch, args.context, args.tokens)
+    on, held = slice_of(args.on), held_of(args)
+    work = asked(args, held.config)
     devices = devices_of(on)
-    mesh = args.mesh or on_slice(held_of(args), on, None, work)[0].mesh
-    program = compile_step(config, devices, mesh, work, params_of(args.model, config, args.weights))
+    mesh = args.mesh or on_slice(held, on, None, work)[0].mesh
+    program = (compile_train(held, devices, mesh, work) if isinstance(work, Training) else
+               compile_step(held.config, devices, mesh, work, held.all_params))
     report = report_of(program, Path(args.model).name, on)
     print(report.describe())
     write(args, report.to_dict(), report)
@@ -95,13 +120,25 @@ def add_step(verb: argparse.ArgumentParser, on: str) -> None:
     verb.add_argument("model", metavar="MODEL", help="a folder with a config.json")
     verb.add_argument("--on", metavar="SLICE", required=True, help=on)
     verb.add_argument("--mesh", help=MESH_HELP.replace("one device", "the fastest by plan"))
-    verb.add_argument("--step", choices=STEPS, default="decode", help="default decode")
+    verb.add_argument("--step", choices=(*STEPS, TRAIN), default="decode", help="default decode")
     verb.add_argument("--weights", choices=WEIGHTS, help="experts as packed so (default: as the model has them)")
     verb.add_argument("--batch", metavar="B", type=int, default=64, help="rows (default 64)")
-    verb.add_argument("--context", metavar="S", type=int, default=32768, help="tokens of each row (default 32768)")
-    verb.add_argument("--tokens", metavar="T", type=int, help="new ones of a row (default: verify 4, prefill 4096)")
+    verb.add_argument("--context", metavar="S", type=int,
+                      help=f"tokens of each row (default {CONTEXT}, train {TRAIN_CONTEXT})")
+    verb.add_argument("--tokens", metavar="T", type=whole,
+                      help="new ones of a row (default: verify 4, prefill 4096); of a training run all, as in 15e12")
+    verb.add_argument("--lora", metavar="R", type=int,
+                      help="train adapters of this rank, of all projections, and not all parameters")
     verb.add_argument("--json", metavar="FILE", help="write the numbers there")
     verb.add_argument("--png", metavar="FILE", help="and a picture of them there")
+
+
+def whole(text: str) -> int:
+    """A whole number, also as 15e12."""
+    value = float(text)
+    if value != int(value):
+        raise ValueError(text)
+    return int(value)
 
 
 def held_of(args: argparse.Namespace) -> Held:
@@ -109,7 +146,7 @@ def held_of(args: argparse.Namespace) -> Held:
     return Held(Path(args.model).name, config, params_of(args.model, config, args.weights))
 
 
-def write(args: argparse.Namespace, numbers: object, found: Plan | Report) -> None:
+def write(args: argparse.Namespace, numbers: object, found: Plan | TrainPlan | Report) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(numbers, indent=2) + "\n")
     if args.png:

@@ -49,7 +49,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips that a program may have together: a TPU slice, or the GPUs of one host."""
+    """Chips that a program may have together: a TPU slice, or the GPUs of one host or of several."""
     name: str
     chip: Chip
     shape: tuple[int, ...]             # chips along each axis of the torus; for GPUs (count,)
@@ -65,6 +65,11 @@ class Slice:
     @property
     def num_devices(self) -> int:
         return self.num_chips * int(self.chip.devices.value)
+
+    @property
+    def is_networked(self) -> bool:
+        """Whether it is GPUs of several hosts."""
+        return self.chip.platform == "gpu" and self.num_chips > MAX_GPUS
 
     @property
     def wraps(self) -> tuple[bool, ...]:
@@ -237,7 +242,9 @@ TPU_SHAPES = {
     "tpu7x": "2x2x1 2x2x2 2x2x4 2x4x2 4x4x1 2x4x4 4x4x4 4x4x8",
 }
 GPUS_OF_GB = {24: "rtx4090", 32: "rtx5090", 80: "h100", 141: "h200", 180: "b200"}     # "gpu:8x24GB": newest of a size
-MAX_GPUS = 8                           # one host: of the network between hosts this table knows nothing
+MAX_GPUS = 8                           # of a host
+NETWORKS = {                           # bytes/s between a GPU and those of other hosts, one way
+    "h100": Fact(50e9, "400 Gbps for each GPU, of 511 hosts of 8: https://magicalbits.net/?p=230748 (of Imbue)")}
 
 
 def tpu_slices() -> tuple[Slice, ...]:
@@ -275,8 +282,10 @@ def slice_of(name: str) -> Slice:
 
 
 def counted_gpus(name: str, chip: str, count: int) -> Slice:
+    if count > MAX_GPUS and chip in NETWORKS and count % MAX_GPUS == 0:
+        return gpu_slice(chip, count)
     if not 1 <= count <= MAX_GPUS:
-        refuse(name, f"a host has 1 to {MAX_GPUS} GPUs, not {count}")
+        refuse(name, f"a host has 1 to {MAX_GPUS} GPUs, not {count}; whole hosts may be more, of {', '.join(NETWORKS)}")
     return gpu_slice(chip, count)
 
 
@@ -288,11 +297,3 @@ def refuse(name: str, why: str, like: str = "") -> NoReturn:
     lines = [" ".join(known for known in names if known.startswith(f"{chip}:")) for chip in CHIPS]
     raise ValueError(f"slice {name!r}: {why}; nearest is {nearest!r}. Slices:\n  " + "\n  ".join(lines)
                      + f"\n  gpu:COUNTxMEMORYGB, as gpu:{MAX_GPUS}x24GB")
-
-
-def rates_of(on: Slice) -> dict[str, float]:
-    """Of one device, by what a step needs of it: bytes/s of its HBM, FLOP/s in bfloat16, and bytes/s that it sends."""
-    chip, devices = on.chip, on.chip.devices.value
-    sent = chip.ici.value / 2 if chip.ici else chip.host_bus.value if chip.host_bus else 0.0
-    return {"HBM": chip.bandwidth.value / devices, "arithmetic": chip.bf16_flops.value / devices,
-            "between chips": sent / devices}

@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 
 from jaxllm.tpu.plan import Plan
 from jaxllm.tpu.report import Report
+from jaxllm.tpu.train_plan import TrainPlan
 
 GB = 1e9
 
 
-def draw(found: Plan | Report, file: str | os.PathLike[str]) -> None:
+def draw(found: Plan | TrainPlan | Report, file: str | os.PathLike[str]) -> None:
     """One PNG: memory by kind, bytes by class for a report, and milliseconds at the chip's full rates."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     memory, *middle, times = figure.subplots(1, 3 if isinstance(found, Report) else 2)

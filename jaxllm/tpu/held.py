@@ -6,6 +6,7 @@ model has that kind. The numbers are those of the arrays that `load` and `init_c
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Held:
     """The bytes of one model, whose parameters are `params` (leaf -> shape and dtype)."""
 
     def __init__(self, name: str, config: Config, params: Params):
-        self.name, self.config, self.dtype = name, config, jnp.dtype(config.dtype)
+        self.name, self.config, self.dtype, self.all_params = name, config, jnp.dtype(config.dtype), params
         first: dict[LayerSpec, int] = {}
         for i, layer in enumerate(config.layers):
             first.setdefault(layer, i)
@@ -39,7 +40,7 @@ class Held:
         short = {f"layers.{i}": f"layers.{j}" for j, i in enumerate(first.values())}
         self.params = {self._renamed(leaf, short): held for leaf, held in params.items()
                        if not leaf.startswith("layers.") or leaf[:leaf.index(".", 7)] in short}
-        self.weights = cache(self._weights)
+        self.weights: Callable[[AbstractMesh], dict[str, int]] = cache(self._weights)
 
     @staticmethod
     def _renamed(leaf: str, short: dict[str, str]) -> str:

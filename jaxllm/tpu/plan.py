@@ -5,15 +5,17 @@ once, to multiply, and to send what the mesh makes it send. These are bounds, at
 reaches them. Bytes held are exact (held.py); those sent are counted as compiled programs send them (sent.py).
 """
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from jax.sharding import AbstractMesh
 
 from jaxllm.axes import MESH_AXES, make_abstract_mesh
+from jaxllm.config import Config
 from jaxllm.model import check_mesh
-from jaxllm.tpu.chips import Slice, all_slices, rates_of
+from jaxllm.tpu.chips import Slice, all_slices
 from jaxllm.tpu.held import Held, unused_bytes
+from jaxllm.tpu.rates import rates_of
 from jaxllm.tpu.sent import sent_bytes
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
@@ -89,7 +91,13 @@ def plans(held: Held, on: Slice, work: Work) -> list[Plan]:
     return sorted(found, key=lambda x: (not x.fits, sum(x.seconds.values()) if x.fits else x.peak))
 
 
-def meshes(held: Held, num: int, batch: int) -> Iterator[AbstractMesh]:
+class Model(Protocol):
+    """What knows whether a mesh can split it."""
+    config: Config
+    weights: Callable[[AbstractMesh], Any]
+
+
+def meshes(held: Model, num: int, batch: int) -> Iterator[AbstractMesh]:
     for data in (n for n in range(1, num + 1) if num % n == 0 and batch % n == 0):
         for expert in (n for n in range(1, num // data + 1) if num // data % n == 0):
             mesh = make_abstract_mesh(dict(zip(MESH_AXES, (data, expert, num // data // expert), strict=True)))

@@ -98,9 +98,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapp
     params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
     Errors: ValueError for what does not fit the mesh, and if the compiler finds too little HBM.
     """
-    if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
-        raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
-    place, dtype = make_mesh(mesh, devices), jnp.dtype(config.dtype)
+    place, dtype = mesh_over(devices, mesh), jnp.dtype(config.dtype)
     model, held = abstract_weights(config, place, stated_params(config) if params is None else params, dtype)
     cache = _on(place, jax.eval_shape(lambda: init_cache(config, place.abstract_mesh, work.batch, work.context,
                                                          work.in_flight, dtype)))
@@ -108,11 +106,12 @@ def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapp
     with jax.set_mesh(place):
         tokens_BT, length_B = (_int32(place, (work.batch, work.tokens), "batch", None),
                                _int32(place, (work.batch,), "batch"))
-        compiled = _compile(jax.jit(prefill, donate_argnums=1).lower(model, cache, tokens_BT, length_B))
+        compiled = compiled_of(jax.jit(prefill, donate_argnums=1).lower(model, cache, tokens_BT, length_B))
     return Program(compiled, config, place, work, held, cache, time.perf_counter() - begin)
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compiled_of(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """ValueError if the compiler finds too little HBM."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -121,6 +120,13 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             raise
         raise ValueError(f"does not fit: {said.removeprefix('RESOURCE_EXHAUSTED: ')} Take a larger slice, another "
                          f"mesh, fewer rows or less context; `jaxllm plan` tells what fits") from error
+
+
+def mesh_over(devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None) -> Mesh:
+    """ValueError unless it takes all devices."""
+    if (num := math.prod(parse_mesh(mesh).values())) < len(devices):
+        raise ValueError(f"the mesh has {num} devices, but the slice has {len(devices)}: all must take part")
+    return make_mesh(mesh, devices)
 
 
 def _int32(mesh: Mesh, shape: tuple[int, ...], *names: str | None) -> jax.ShapeDtypeStruct:

@@ -9,14 +9,17 @@ from typing import Any
 from jaxllm.axes import degree
 from jaxllm.dispatch import expected_places
 from jaxllm.info import KINDS, kind_of
-from jaxllm.tpu.chips import Slice, rates_of
+from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import unused_bytes
 from jaxllm.tpu.hlo import parse
 from jaxllm.tpu.program import Program
-from jaxllm.tpu.steps import Work
+from jaxllm.tpu.rates import rates_of
+from jaxllm.tpu.steps import Training, Work
 from jaxllm.tpu.traffic import Collective, Large, Traffic
+from jaxllm.tpu.train_program import TrainProgram
 from jaxllm.train.memory import device_bytes, show
 
+OWNERS = {"model": "weights", "cache": "cache", "state": "weights", "frozen": "weights"}      # by argument
 LARGE = 64 * 2**20      # bytes; a temporary of that size is named
 
 
@@ -26,7 +29,7 @@ class Report:
     model: str
     on: Slice
     mesh: dict[str, int]
-    work: Work
+    work: Work | Training
     compile_seconds: float
     held: dict[str, int]              # arguments by kind: of parameters, and the cache
     memory: dict[str, int]            # as the compiler counts: arguments, temporaries, aliased, peak; and usable
@@ -34,6 +37,7 @@ class Report:
     least: dict[str, int]
     collectives: list[Collective]
     large: list[Large]
+    replicated: dict[str, int]        # large arguments that are on several devices -> on how many
 
     @property
     def ratio(self) -> float:
@@ -70,21 +74,24 @@ class Report:
                       + ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.moved.items())),
             ("least", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.least.items())),
             ("collectives", ", ".join(f"{x.count} {x.kind} {show(x.nbytes)}" for x in self.collectives) or "none"),
+            *(("replicated", f"{path} on {copies} devices each") for path, copies in self.replicated.items()),
             *(("large", f"{x.opcode} {x.name}: {show(x.nbytes)} of {x.owner} ({x.op_name})") for x in self.large)]
         return "\n".join(f"{name:14}{text}" for name, text in rows)
 
 
-def report_of(program: Program, model: str, on: Slice, large: int = LARGE) -> Report:
+def report_of(program: Program | TrainProgram, model: str, on: Slice, large: int = LARGE) -> Report:
     """`large`: bytes of a buffer from which on it is named."""
     memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
-    traffic = Traffic(parse(text), {"model": "weights", "cache": "cache"}, ragged_share(program))
+    share = 1.0 if isinstance(program, TrainProgram) else ragged_share(program)
+    traffic = Traffic(parse(text), OWNERS, share)
     return Report(
         model, on, dict(program.mesh.shape), program.work, program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
          "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
          "usable": int(on.chip.usable_hbm.value)},
-        traffic.by_class(), least_bytes(program), traffic.collectives(), traffic.large(large))
+        traffic.by_class(), least_bytes(program), traffic.collectives(), traffic.large(large),
+        program.replicated(large) if isinstance(program, TrainProgram) else {})
 
 
 def ragged_share(program: Program) -> float:
@@ -95,16 +102,20 @@ def ragged_share(program: Program) -> float:
     return expected_places(E, A, places) / min(A, places) if E and A and E % places == 0 else 1.0
 
 
-def held_bytes(program: Program) -> dict[str, int]:
+def held_bytes(program: Program | TrainProgram) -> dict[str, int]:
     """Of each kind of parameter, and of the cache, on a device."""
+    if isinstance(program, TrainProgram):
+        return program.held
     found = dict.fromkeys([kind for kind, _ in KINDS], 0)
     for path, leaf in program.weights.items():
         found[kind_of(path)] += device_bytes(leaf)
     return found | {"cache": device_bytes(program.cache)}
 
 
-def least_bytes(program: Program) -> dict[str, int]:
-    """What a step cannot do without, on a device: bytes of weights and of the cache."""
+def least_bytes(program: Program | TrainProgram) -> dict[str, int]:
+    """What a step cannot do without, on a device: bytes of weights and of the cache, or of activations."""
+    if isinstance(program, TrainProgram):
+        return program.least
     weights = {path: device_bytes(leaf) for path, leaf in program.weights.items()}
     experts = sum(nbytes for path, nbytes in weights.items() if kind_of(path) == "experts")
     unused = unused_bytes(program.config, experts, weights["embed_WD"], program.work.num_tokens)

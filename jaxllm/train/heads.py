@@ -4,6 +4,7 @@ A model on such a mesh has each kv head degree / heads times (model.py). Were th
 of the gradient that its own query heads give, they would drift apart; so what is trained is the head itself, whose
 gradient is the sum over its copies. It is also what a checkpoint holds, whatever the mesh.
 """
+import functools
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from jaxllm.paths import parameter_path, parameters
 
 def kept_once(model: Any, config: Config, num_mtp: int) -> Any:
     """The abstract module tree with each kv head once, on every place of `tensor` where that does not split them."""
-    whole = parameters(abstract_model(config, make_abstract_mesh(), jax.numpy.dtype("float32"), num_mtp))
+    whole = _shapes(config, num_mtp)
 
     def leaf(path: tuple, computed: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape, sharding = whole[parameter_path(path)].shape, computed.sharding
+        shape, sharding = whole[parameter_path(path)], computed.sharding
         if shape == computed.shape:
             return computed
         assert isinstance(sharding, NamedSharding)
@@ -28,6 +29,13 @@ def kept_once(model: Any, config: Config, num_mtp: int) -> Any:
                                zip(sharding.spec, shape, computed.shape, strict=True)))
         return computed.update(shape=shape, sharding=NamedSharding(sharding.mesh, kept))
     return jax.tree_util.tree_map_with_path(leaf, model)
+
+
+@functools.cache
+def _shapes(config: Config, num_mtp: int) -> dict[str, tuple[int, ...]]:
+    """Path -> shape where no head is repeated."""
+    model = abstract_model(config, make_abstract_mesh(), jax.numpy.dtype("float32"), num_mtp)
+    return {path: leaf.shape for path, leaf in parameters(model).items()}
 
 
 def repeated(value: jax.Array, computed: jax.ShapeDtypeStruct) -> jax.Array:

@@ -49,7 +49,7 @@ def train(run: Run, resume: bool = False, progress: bool = True) -> Trained:
     use_compile_cache()
     with ExitStack() as stack:
         origin, mesh = open_origin(run), make_mesh(run.mesh)
-        plan = make_plan(run, origin.config, mesh, origin.source, origin.num_mtp)
+        plan = make_plan(run, origin.config, mesh, origin.source.params if origin.source else {}, origin.num_mtp)
         process, processes = part_of_batch(mesh)
         rows = batches(run.data, origin.tokenizer, context=run.context, batch=run.batch, seed=run.seed,
                        format=run.format, on_broken=run.on_broken, process=process, processes=processes)

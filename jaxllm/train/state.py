@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoint.load import load_arrays
 from jaxllm.checkpoint.projections import targets
 from jaxllm.checkpoint.source import Source
 from jaxllm.config import Config
 from jaxllm.gathered import gathered, stored
-from jaxllm.generate.load import abstract_model, as_stored, flat, join
+from jaxllm.generate.load import Params, abstract_model, as_stored, flat, join
 from jaxllm.lora import abstract_adapters, adapt, init_adapters
 from jaxllm.model import Transformer
 from jaxllm.paths import parameter_path, parameters
@@ -120,8 +120,15 @@ def _drawn(path: str, leaf: jax.ShapeDtypeStruct, key: jax.Array, std: float) ->
     return (std * jax.random.normal(key, leaf.shape, out_sharding=leaf.sharding.spec)).astype(leaf.dtype)
 
 
-def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_mtp: int) -> Plan:
-    """ValueError if the run would train what it cannot: packed parameters, adapters of what has none."""
+def make_plan(run: Run, config: Config, mesh: Mesh, params: Params, num_mtp: int) -> Plan:
+    """`params`: leaf -> shape, dtype of what the run starts from. ValueError if it would train what it cannot: packed
+    parameters, adapters of what has none."""
+    return Plan(run, config, mesh, *lay_out(run, config, mesh, params, num_mtp))
+
+
+def lay_out(run: Run, config: Config, mesh: Mesh | AbstractMesh, params: Params, num_mtp: int
+            ) -> tuple[Transformer, dict[str, Any], frozenset[str], Mapping[str, jax.ShapeDtypeStruct]]:
+    """`computed`, `held`, `trained` and `adapters` of a Plan."""
     computed = abstract_model(config, mesh, jnp.dtype(run.dtype), num_mtp)
     once, adapters, kept_adapters = kept_once(computed, config, num_mtp), {}, {}
     if run.lora:
@@ -132,7 +139,6 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
     trained = frozenset(chosen)
     if not trained:
         raise ValueError(f"train = {list(run.train)} names no parameter; there are {', '.join(paths[:5])}, ...")
-    params = source.params if source else {}
     packed = sorted(path for path in trained if f"{path}.codes" in params)
     if packed:
         raise ValueError(f"{packed[0]} and {len(packed) - 1} others are packed and cannot be trained as they are: "
@@ -146,4 +152,4 @@ def make_plan(run: Run, config: Config, mesh: Mesh, source: Source | None, num_m
             leaf = parameters(computed)[path]
         return as_stored(path, stored(leaf), params)
     leaves = {path: held(path, leaf) for path, leaf in (parameters(once) | kept_adapters).items()}
-    return Plan(run, config, mesh, computed, leaves, trained, adapters)
+    return computed, leaves, trained, adapters

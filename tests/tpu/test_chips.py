@@ -79,7 +79,7 @@ def test_gpus(name, chip, count, memory):
 
 
 @pytest.mark.parametrize("name, complaint", [
-    ("gpu:0x24GB", "a host has 1 to 8 GPUs, not 0"), ("gpu:16x80GB", "not 16"), ("h100:0", "not 0"),
+    ("gpu:0x24GB", "a host has 1 to 8 GPUs, not 0"), ("gpu:16x141GB", "not 16"), ("h100:0", "not 0"),
     ("h100:9", "not 9"),
     ("gpu:8x7GB", "no GPU with 7GB is known; known are 24GB (rtx4090), 32GB (rtx5090), 80GB (h100)"),
     ("v6e:3x3", "unknown; nearest is 'v6e:"), ("v6e:8x8x8", "nearest is 'v6e:8x8'"),

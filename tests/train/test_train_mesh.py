@@ -23,7 +23,7 @@ CONFIG = Config.from_dict(tiny_config(**SMALL), "tiny")
 
 
 def plan_on(mesh: str | None, **changes) -> Plan:
-    return make_plan(dataclasses.replace(RUN, mesh=mesh or "", **changes), CONFIG, make_mesh(mesh), None, num_mtp=1)
+    return make_plan(dataclasses.replace(RUN, mesh=mesh or "", **changes), CONFIG, make_mesh(mesh), {}, num_mtp=1)
 
 
 def batch_on(plan: Plan) -> Batch:
