@@ -79,7 +79,7 @@ class Trained:
         used = parameters(computed) | dict(adapters)
         for path, leaf in held.items():
             layer = layers[int(path.split(".")[1])] if path.startswith("layers.") else None
-            found[layer].append(_part(path, leaf, used[path], path in trained))
+            found[layer].append(_part(path, leaf, used[path], path in trained, self.held.dtype))
         return found
 
     def times(self, layer: LayerSpec | None) -> int:
@@ -103,13 +103,15 @@ class Trained:
                         "batch": self.work.num_tokens // mesh.shape["data"] * batch_bytes()}
 
 
-def _part(path: str, leaf: Any, used: jax.ShapeDtypeStruct, is_trained: bool) -> Part:
+def _part(path: str, leaf: Any, used: jax.ShapeDtypeStruct, is_trained: bool, dtype: jnp.dtype) -> Part:
     kind = ADAPTERS if path.endswith((LORA_A, LORA_B)) else kind_of(path)
     stored, first = device_bytes(leaf), jax.tree.leaves(leaf)[0]
     assert isinstance(first.sharding, NamedSharding) and isinstance(used.sharding, NamedSharding)
     is_gathered = first.sharding.spec != used.sharding.spec
     data = first.sharding.mesh.shape["data"]
     numbers = math.prod(used.sharding.shard_shape(used.shape))
+    # An adapter is float32 and rounded to what the model computes in before it is gathered.
+    size = min(used.dtype.itemsize, dtype.itemsize) if kind == ADAPTERS else used.dtype.itemsize
     packed = stored * (data if is_gathered else 1)      # and is unpacked where it is multiplied
     return Part(kind, stored, math.prod(first.sharding.shard_shape(first.shape)) if is_trained else 0,
-                packed if isinstance(leaf, Packed) else numbers * used.dtype.itemsize, numbers, is_gathered)
+                packed if isinstance(leaf, Packed) else numbers * size, numbers, is_gathered)

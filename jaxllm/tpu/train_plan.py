@@ -16,7 +16,7 @@ from jaxllm.tpu.plan import meshes
 from jaxllm.tpu.rates import is_near, near_rate, rates_of
 from jaxllm.tpu.steps import Training
 from jaxllm.tpu.train_held import Trained
-from jaxllm.tpu.train_work import FLOAT32, flops_of_token, kept_bytes, most_in_work, moved_bytes, sent_bytes
+from jaxllm.tpu.train_work import FLOAT32, flops_of_token, kept_bytes, most_bytes, moved_bytes, sent_bytes
 from jaxllm.train.memory import show
 
 UTILISATION = 0.4      # of the chips' bfloat16 rate, by model FLOPs: what large runs are published with, MoE ones less
@@ -33,21 +33,19 @@ class TrainPlan:
     state: dict[str, int]           # the step's arguments, by kind
     gradients: int
     kept: dict[str, int]            # for the backward pass, "rematerialised" (as the step does) and "all"
-    in_work: int                    # of one layer, or of the head
+    made: dict[str, int]            # beside the state: at the head, at the layer that takes most, at the update
     moved: dict[str, int]           # between HBM and the core, at least
     sent: dict[str, int]            # over `data`, and over the other axes
     flops: dict[str, float]         # of a token, on all devices
 
     @property
     def held(self) -> dict[str, int]:
-        """What is there at the peak: gradients grow as what is kept shrinks, and the larger of the two counts."""
-        more = {"gradients": self.gradients} if self.gradients > self.kept["rematerialised"] else {
-            "activations": self.kept["rematerialised"]}
-        return self.state | more
+        """What there is before the first gradient."""
+        return self.state | {"activations": self.kept["rematerialised"]}
 
     @property
     def peak(self) -> int:
-        return sum(self.held.values()) + self.in_work
+        return sum(self.state.values()) + max(self.made.values())
 
     @property
     def fits(self) -> bool:
@@ -112,8 +110,9 @@ class TrainPlan:
         rows = [
             ("state", state),
             ("made", f"gradients {show(self.gradients)}; activations {show(self.kept['rematerialised'])}, without "
-                     f"rematerialisation {show(self.kept['all'])}; in work {show(self.in_work)}; at the peak "
-                     f"{show(self.peak)} of {show(self.on.chip.usable_hbm.value)} a device"),
+                     f"rematerialisation {show(self.kept['all'])}"),
+            ("peak", f"{show(self.peak)} of {show(self.on.chip.usable_hbm.value)} a device: beside the state "
+                     + ", ".join(f"{show(nbytes)} at the {time}" for time, nbytes in self.made.items())),
             ("FLOP a token", f"{self.model_flops:.4g} ({flops})"),
             ("sent", f"{show(self.sent['data'])} over data, {show(self.sent['model'])} over expert and tensor"),
             ("at full rate", seconds),
@@ -142,7 +141,7 @@ def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Training) -> TrainPlan
     trained = trained_of(held, work)
     kept = {"rematerialised": kept_bytes(trained, mesh), "all": kept_bytes(trained, mesh, remat=False)}
     return TrainPlan(held.name, on, dict(mesh.shape), work, trained.state(mesh), FLOAT32 * trained.num_trained(mesh),
-                     kept, most_in_work(trained, mesh), moved_bytes(trained, mesh), sent_bytes(trained, mesh),
+                     kept, most_bytes(trained, mesh), moved_bytes(trained, mesh), sent_bytes(trained, mesh),
                      flops_of_token(trained))
 
 

@@ -13,7 +13,7 @@ from jaxllm.axes import degree, splits_rows
 from jaxllm.config import LayerSpec
 from jaxllm.experts_in_turns import TURN_BACK
 from jaxllm.model import stored_layer
-from jaxllm.tpu.train_held import Part, Trained
+from jaxllm.tpu.train_held import ADAPTERS, Part, Trained
 from jaxllm.train.cross_entropy import PLACES
 
 FLOAT32 = 4
@@ -85,26 +85,36 @@ def kept_bytes(trained: Trained, mesh: AbstractMesh, remat: bool = True) -> int:
     return total + 2 * size * part.stream
 
 
-def most_in_work(trained: Trained, mesh: AbstractMesh) -> int:
-    """Bytes of the gradient of the one layer, or of the head, that takes the most."""
-    return max(head_bytes(trained, mesh), *(layer_bytes(trained, mesh, layer) for layer in trained.held.count))
+def most_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:
+    """What a step makes beside its state, at each of its times: gradients grow as what is kept is used up, and the
+    layer in work has none yet."""
+    kept, gradients = kept_bytes(trained, mesh), FLOAT32 * trained.num_trained(mesh)
+
+    def at_layer(layer: LayerSpec) -> int:
+        own = FLOAT32 * sum(part.trained for part in trained.parts(mesh)[layer])
+        return max(kept, gradients - own) + layer_bytes(trained, mesh, layer)
+    return {"head": kept + head_bytes(trained, mesh), "layers": max(map(at_layer, trained.held.count)),
+            "update": gradients}
 
 
 def layer_bytes(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> int:
-    """In work for a layer's gradient: its parameters as gathered and the gradients of them, and the larger of what
-    attention and what the experts or the dense MLP make."""
+    """In work for a layer's gradient: its parameters as gathered and the largest gradient of one of them, of experts in
+    several turns float32 sums of all; what comes in and goes out; and the larger of what attention and what the experts
+    or the dense MLP make. The sums of q, k and v over parts of D are of all rows and in float32, and so is the gradient
+    of attention's input."""
     config, size, part = trained.held.config, trained.held.dtype.itemsize, shares(trained, mesh, layer)
-    rows = turn_rows(trained, mesh, part.chosen)
-    sums = 2 if rows < part.chosen else 0      # float32 ones, where experts' gradients come in several turns
-    weights = sum(x.used * (x.is_gathered + (x.trained > 0) * (1 + sums * (x.kind == "experts")))
-                  for x in trained.parts(mesh)[layer])
-    attention = 4 * size * (part.heads + part.values)
+    rows, parts = turn_rows(trained, mesh, part.chosen), trained.parts(mesh)[layer]
+    weights = sum(x.used for x in parts if x.is_gathered) + max(x.used for x in parts if x.trained)
+    if rows < part.chosen:
+        weights += FLOAT32 * sum(x.used_numbers for x in parts if x.trained and x.kind in ("experts", ADAPTERS))
+    rows_apart = mesh.shape["expert"] if splits_rows(trained.work.batch, mesh) else 1
+    attention = rows_apart * part.heads * (size + FLOAT32) + 2 * FLOAT32 * part.stream
     D, I = config.hidden_size, (config.moe_intermediate_size or 0) // mesh.shape["tensor"]
     if layer.is_moe:
         inner = rows * (D * (2 * size + 2 * FLOAT32) + I * (3 * FLOAT32 + 2 * size))
     else:
         inner = part.hidden * (3 * FLOAT32 + 2 * size)
-    return weights + 4 * size * part.stream + max(attention, inner)
+    return weights + 2 * size * part.stream + max(attention, inner)
 
 
 def turn_rows(trained: Trained, mesh: AbstractMesh, chosen: int) -> int:
@@ -115,11 +125,11 @@ def turn_rows(trained: Trained, mesh: AbstractMesh, chosen: int) -> int:
 
 
 def head_bytes(trained: Trained, mesh: AbstractMesh) -> int:
-    """In work for the head: itself as gathered, its gradient in float32 with a copy, and the logits of a piece."""
+    """In work for the head: itself as gathered, its gradient in float32, and a piece's logits with their gradient."""
     config, size = trained.held.config, trained.held.dtype.itemsize
     W = config.vocab_size // degree(mesh, "vocab")
     pieces = min(PLACES, trained.work.num_tokens // mesh.shape["data"])
-    return W * config.hidden_size * (size + (0 if trained.work.rank else 2 * FLOAT32)) + pieces * W * 3 * FLOAT32
+    return W * config.hidden_size * (size + (0 if trained.work.rank else FLOAT32)) + pieces * W * (FLOAT32 + size)
 
 
 def moved_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:

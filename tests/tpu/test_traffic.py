@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.tpu.hlo import parse
-from jaxllm.tpu.traffic import Collective, Traffic
+from jaxllm.tpu.traffic import Collective, Traffic, group_size
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -98,6 +98,15 @@ replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}
     for share, nbytes in ((1.0, 512 * 3 // 4), (0.5, 512 * 3 // 8)):
         found = Traffic(parse(program), {}, share).collectives()
         assert Collective("ragged-all-to-all", 1, nbytes) in found
+
+
+@pytest.mark.parametrize(("groups", "size"), [
+    ("[2,4]<=[8]", 4), ("{{0,1,2},{3,4,5}}", 3), ("mesh['a'=8,'b'=1,'c'=2] {'a','c'}", 16),
+    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=8], device_ids=([8,8]T(1,0)) {'axis_0'}", 8)])
+def test_groups(groups, size):
+    text = f"  %sum = f32[] all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
+    (found,) = parse("ENTRY %main () -> f32[] {\n" + text + "\n}\n").computations["main"].values()
+    assert group_size(found) == size
 
 
 def test_large_buffers_are_named(traffic):
