@@ -24,6 +24,7 @@ from jaxllm.train.run import Run
 from jaxllm.train.state import lay_out
 
 ADAPTERS = "adapters"
+ROWS = ("embed_WD", "gate_EDI", "up_EDI", "down_EID")
 
 
 def run_of(work: Training, config: Config) -> Run:
@@ -58,7 +59,7 @@ class Part:
     stored: int
     trained: int      # numbers of it that are trained
     used: int         # as the step computes with it
-    used_numbers: int
+    summed: int       # its gradient where it is summed over `data`
     is_gathered: bool      # from its parts along `data`
 
 
@@ -113,5 +114,7 @@ def _part(path: str, leaf: Any, used: jax.ShapeDtypeStruct, is_trained: bool, dt
     # An adapter is float32 and rounded to what the model computes in before it is gathered.
     size = min(used.dtype.itemsize, dtype.itemsize) if kind == ADAPTERS else used.dtype.itemsize
     packed = stored * (data if is_gathered else 1)      # and is unpacked where it is multiplied
+    # What is read by rows, and stacks of experts, have gradients in their own dtype; a product sums in float32.
+    summed = numbers * (size if path.endswith(ROWS) else 4) if is_trained else 0
     return Part(kind, stored, math.prod(first.sharding.shard_shape(first.shape)) if is_trained else 0,
-                packed if isinstance(leaf, Packed) else numbers * size, numbers, is_gathered)
+                packed if isinstance(leaf, Packed) else numbers * size, summed, is_gathered)

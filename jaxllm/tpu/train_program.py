@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxllm.axes import spec
 from jaxllm.paths import parameters
 from jaxllm.tpu.held import Held
-from jaxllm.tpu.program import mesh_over
+from jaxllm.tpu.program import compiled_of, mesh_over
 from jaxllm.tpu.steps import Training
 from jaxllm.tpu.train_held import Trained
 from jaxllm.tpu.train_work import moved_bytes
@@ -46,7 +46,7 @@ def compile_train(held: Held, devices: Sequence[jax.Device], mesh: str | Mapping
                   ) -> TrainProgram:
     """A training step of this model compiled for these devices.
 
-    Errors: ValueError for what does not fit the mesh; jax.errors.JaxRuntimeError if the compiler finds too little HBM.
+    Errors: ValueError for what does not fit the mesh, and if the compiler finds too little HBM.
     """
     place, trained = mesh_over(devices, mesh), Trained(held, work)
     plan = make_plan(trained.run, held.config, place, held.all_params if work.rank else {}, 0)
@@ -56,6 +56,6 @@ def compile_train(held: Held, devices: Sequence[jax.Device], mesh: str | Mapping
                  "batch": Batch(token, token, token.update(dtype=jnp.bool))}
     begin = time.perf_counter()
     with jax.set_mesh(place):
-        compiled = make_step(plan).lower(*arguments.values()).compile()
+        compiled = compiled_of(make_step(plan).lower(*arguments.values()))
     return TrainProgram(compiled, place, work, parameters(arguments), trained.state(place.abstract_mesh),
                         moved_bytes(trained, place.abstract_mesh), time.perf_counter() - begin)

@@ -106,7 +106,7 @@ def layer_bytes(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> int:
     rows, parts = turn_rows(trained, mesh, part.chosen), trained.parts(mesh)[layer]
     weights = sum(x.used for x in parts if x.is_gathered) + max(x.used for x in parts if x.trained)
     if rows < part.chosen:
-        weights += FLOAT32 * sum(x.used_numbers for x in parts if x.trained and x.kind in ("experts", ADAPTERS))
+        weights += sum(x.used for x in parts if x.trained and x.kind in ("experts", ADAPTERS)) * FLOAT32 // size
     rows_apart = mesh.shape["expert"] if splits_rows(trained.work.batch, mesh) else 1
     attention = rows_apart * part.heads * (size + FLOAT32) + 2 * FLOAT32 * part.stream
     D, I = config.hidden_size, (config.moe_intermediate_size or 0) // mesh.shape["tensor"]
@@ -159,9 +159,8 @@ def sent_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:
 
 
 def part_sent(part: Part, data: int, passes: int) -> float:
-    """A parameter is gathered in each pass, and its gradient scattered, of experts in what they are computed in."""
-    gradient = (part.used if part.kind == "experts" else part.used_numbers * FLOAT32) if part.trained else 0
-    return ring(data, part.used * passes + gradient) if part.is_gathered else 2 * ring(data, gradient)
+    """A parameter is gathered in each pass, and its gradient scattered."""
+    return ring(data, part.used * passes + part.summed) if part.is_gathered else 2 * ring(data, part.summed)
 
 
 def layer_sent(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> float:
