@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.axes import mesh_axes
-from jaxllm.experts import Experts, apply_experts
+from jaxllm.experts_in_turns import Experts
+from jaxllm.experts_offloaded import apply_held_experts
 
 PLACES = mesh_axes("whole_experts")
 LEAST_TURN = 1024      # rows: for fewer, no turn is worth reading the experts again
@@ -101,7 +102,7 @@ def apply_spread_experts(x_mD: jax.Array, expert_mA: jax.Array, weight_mA: jax.A
                           to.receiver_pq[me], to.num_pq[:, me], min(m, rows))
         token_r = jax.lax.dynamic_slice_in_dim(comes_M, turn * rows, rows)
         expert_rA = expert_MA.at[token_r].get(mode="fill", fill_value=-1)
-        y_rD = apply_experts(got_rD, local_experts(expert_rA, e, PLACES), weight_MA.at[token_r].get(mode="clip"),
+        y_rD = apply_held_experts(got_rD, local_experts(expert_rA, e, PLACES), weight_MA.at[token_r].get(mode="clip"),
                              experts)
         return exchange(y_rD.astype(x_mD.dtype), back_sD, to.receiver_pq[:, me], to.num_pq[:, me],
                         to.sender_pq[:, me], to.num_pq[me], min(m, rows))

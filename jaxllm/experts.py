@@ -96,13 +96,19 @@ def experts_by_block(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array,
     blocks, weight_R = lay_out(local_MA, experts[0].shape[0]), weight_MA.reshape(-1)
 
     def compute(n: jax.Array, out_MD: jax.Array) -> jax.Array:
-        gate, up, down = (take(w, blocks.expert_n[n]) for w in experts)
-        x = x_MD.at[blocks.token_nb[n]].get(mode="clip")
-        hidden = (jax.nn.silu(matmul(x, gate)) * matmul(x, up)).astype(x.dtype)
-        y = matmul(hidden, down) * weight_R.at[blocks.row_nb[n]].get(mode="clip")[:, None]
-        return out_MD.at[blocks.token_nb[n]].add(y, mode="drop")
+        return add_block(n, out_MD, x_MD, weight_R, blocks, tuple(take(w, blocks.expert_n[n]) for w in experts))
 
     return blocks.loop(compute, jnp.zeros_like(x_MD, jnp.float32))
+
+
+def add_block(n: jax.Array, out_MD: jax.Array, x_MD: jax.Array, weight_R: jax.Array, blocks: Blocks,
+              chosen: Sequence[Weight]) -> jax.Array:
+    """out_MD and what the expert of block n, whose weights are `chosen`, makes of the block's rows."""
+    gate, up, down = chosen
+    x = x_MD.at[blocks.token_nb[n]].get(mode="clip")
+    hidden = (jax.nn.silu(matmul(x, gate)) * matmul(x, up)).astype(x.dtype)
+    y = matmul(hidden, down) * weight_R.at[blocks.row_nb[n]].get(mode="clip")[:, None]
+    return out_MD.at[blocks.token_nb[n]].add(y, mode="drop")
 
 
 def experts_by_ragged_dot(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: jax.Array) -> jax.Array:

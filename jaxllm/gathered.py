@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxllm.offloaded import Offloaded
 from jaxllm.quant import Packed, Weight
 
 
@@ -54,15 +55,16 @@ def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def gathered(value: Any, compute: PartitionSpec) -> Any:
-    """The leaf to compute with for a stored `value`, which is as the model has it if its sharding is `compute`."""
-    same = all(jax.typeof(x).sharding.spec == compute for x in jax.tree.leaves(value))
+    """The leaf to compute with for a stored `value`, which is as the model has it if its sharding is `compute`, or if
+    only some of it is fetched."""
+    same = isinstance(value, Offloaded) or all(jax.typeof(x).sharding.spec == compute for x in jax.tree.leaves(value))
     return value if same else Gathered(value, compute)
 
 
 def anew(model: Any, state: Any) -> tuple[Any, Any]:
     """(model, state) as they are, for a step of a loop: what is gathered or decoded of the model is so once the state
     is there, in each step. A compiler would else do it before the loop, and keep all of it through the loop."""
-    leaves, tree = jax.tree.flatten(model, is_leaf=lambda x: isinstance(x, Gathered | Packed))
+    leaves, tree = jax.tree.flatten(model, is_leaf=lambda x: isinstance(x, Gathered | Packed | Offloaded))
     waiting = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Gathered | Packed)}
     if not waiting:
         return model, state

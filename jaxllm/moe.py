@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec
 from jaxllm.axes import MESH_AXES, along, expert_dims, mesh_axes, spec
 from jaxllm.config import Config
 from jaxllm.dispatch import PLACES, apply_spread_experts, local_experts
-from jaxllm.experts import apply_experts
+from jaxllm.experts_offloaded import apply_held_experts
 from jaxllm.linear import einsum, param
+from jaxllm.offloaded import Offloaded
 from jaxllm.quant import Weight
 
 
@@ -51,7 +52,7 @@ def route(scores_BTE: jax.Array, bias_E: jax.Array, config: Config) -> tuple[jax
 
 
 def apply_on_device(stream: PartitionSpec, axes: tuple[str, ...], x_bTD: jax.Array, expert_bTA: jax.Array,
-                    weight_bTA: jax.Array, *experts: Weight) -> jax.Array:
+                    weight_bTA: jax.Array, *experts: Weight | Offloaded) -> jax.Array:
     """The weighted sum of the chosen experts, which are split along `axes`, of a device's part of a stream: float32.
 
     It comes with that part where tokens are sent (`is_sent`), else with the rows of all devices that share the experts.
@@ -60,7 +61,7 @@ def apply_on_device(stream: PartitionSpec, axes: tuple[str, ...], x_bTD: jax.Arr
     if is_sent(stream, axes):
         return apply_spread_experts(*of_device).reshape(x_bTD.shape)
     x_MD, expert_MA, weight_MA, experts = of_device
-    y_MD = apply_experts(x_MD, local_experts(expert_MA, experts[0].shape[0], axes), weight_MA, experts)
+    y_MD = apply_held_experts(x_MD, local_experts(expert_MA, experts[0].shape[0], axes), weight_MA, experts)
     if (dim := split_dim(stream)) is None:
         return jax.lax.psum(y_MD, PLACES).reshape(x_bTD.shape)
     return jax.lax.psum_scatter(y_MD.reshape(x_bTD.shape), PLACES, scatter_dimension=dim, tiled=True)

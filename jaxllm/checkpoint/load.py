@@ -77,7 +77,8 @@ def _load(source: Source, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         index = tuple(slice(*cut) for cut in stored)
         values = _read(source, path, index, dtype, tally)
         for device, cut in wanted:
-            arrays.append(jax.device_put(_repeat(values, stored, cut, repeats), device))
+            arrays.append(jax.device_put(_repeat(values, stored, cut, repeats), jax.sharding.SingleDeviceSharding(
+                device, memory_kind=target.sharding.memory_kind)))
     tally.warn(source, path)
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
 

@@ -26,18 +26,22 @@ from jaxllm.config import Config
 from jaxllm.gathered import gathered, stored
 from jaxllm.generate.compile_cache import use_compile_cache
 from jaxllm.generate.engine import Model
+from jaxllm.generate.offload import Split, is_experts, offloaded_leaves
 from jaxllm.generate.text import Tokenizer, load_stop_ids
 from jaxllm.lora import adapt, place
 from jaxllm.model import Transformer
+from jaxllm.offloaded import check_host_memory
 from jaxllm.paths import parameter_path, parameters
 from jaxllm.quant import Packed
+from jaxllm.usage import Usage, read_usage
 
 DTYPES = ("float32", "bfloat16", "float16")
 Params = Mapping[str, tuple[tuple[int, ...], np.dtype]]      # leaf -> (shape, dtype), as a Source has them
 
 
 def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None = None, dtype: str | None = None,
-         reading: str | None = None, replicate: bool = False, adapter: str | os.PathLike[str] | None = None) -> Model:
+         reading: str | None = None, replicate: bool = False, adapter: str | os.PathLike[str] | None = None,
+         resident_experts: int | None = None, usage: str | os.PathLike[str] | None = None) -> Model:
     """The model of a hub folder, or of one that `jaxllm convert` wrote, on a mesh; each device reads its own slices.
 
     path: a folder, or of a converted one also the address in a bucket, gs://bucket/folder.
@@ -48,6 +52,9 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
     replicate: each place along `data` holds all the weights, instead of its part, which is gathered in every step:
     several times as fast to decode, for as many times the bytes.
     adapter: a folder of PEFT's files for this model (LoRA). What a LoRA run trained is with its output folder.
+    resident_experts: how many of its experts of each layer a device holds; the others lie in host memory (pinned_host),
+    and those that a step chooses are brought over in it. They lie whole at each place along `data`. Default: all.
+    usage: a file that `jaxllm usage` wrote of this model: those that were chosen most are resident. Default: the first.
     Errors: ValueError (ConfigError, CheckpointError) naming the file, the key, the tensor or the axis.
     """
     refuse_incomplete(path)      # before it is found to have no config.json yet
@@ -59,24 +66,43 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else config.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: a model computes in one of {', '.join(DTYPES)}")
+    if usage is not None and resident_experts is None:
+        raise ValueError(f"usage = {usage} says which experts are resident: give resident_experts, how many")
+    counted = read_usage(usage, config) if usage is not None else None
+    if resident_experts is not None:
+        check_host_memory(mesh)
     use_compile_cache()
     source = open_source(path, reading)
-    transformer = load_transformer(source, config, mesh, jnp.dtype(dtype), replicate=replicate)
+    transformer = load_transformer(source, config, mesh, jnp.dtype(dtype), replicate=replicate,
+                                   resident=resident_experts, usage=counted)
     if found := adapter_of(source, config, adapter, reading):
+        if resident_experts is not None and (stacks := sorted(path for path in found.arrays if is_experts(path.rsplit('.', 1)[0]))):
+            raise ValueError(f"resident_experts: experts with an adapter ({stacks[0]}) cannot lie in host memory; "
+                             "merge it first, jaxllm export --merge-lora")
         adapters = place(found.arrays, abstract_model(config, mesh, jnp.dtype(dtype)))
         transformer = adapt(transformer, adapters, found.scale)
     return Model(transformer, mesh, tokenizer, stop_ids)
 
 
 def load_transformer(source: Source, config: Config, mesh: Mesh, dtype: jnp.dtype, *, num_mtp: int = 0,
-                     replicate: bool = False) -> Transformer:
-    """The module tree with the parameters of the source in it, and of its MTP blocks the first `num_mtp`."""
+                     replicate: bool = False, resident: int | None = None, usage: Usage | None = None) -> Transformer:
+    """The module tree with the parameters of the source in it, and of its MTP blocks the first `num_mtp`.
+
+    `resident`: of a device's experts of each layer, the others are in host memory; those that `usage` has least of.
+    """
     model = abstract_model(config, mesh, dtype, num_mtp)
-    held = {path: as_stored(path, leaf if replicate else stored(leaf), source.params)
-            for path, leaf in parameters(model).items()}
-    values = join(held, load_arrays(source, flat(held)))
+    split = Split(stored_leaves(model, source.params, replicate, resident), usage)
+    values = split.join(join(split.held, load_arrays(split.source(source), flat(split.held))))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: gathered(values[parameter_path(path)], leaf.sharding.spec), model)
+
+
+def stored_leaves(model: Transformer, params: Params, replicate: bool = False, resident: int | None = None
+                  ) -> dict[str, Any]:
+    """Path -> leaf of an abstract model as it is stored; for arguments see `load_transformer`."""
+    held = {path: as_stored(path, leaf if replicate or resident is not None and is_experts(path) else stored(leaf),
+                            params) for path, leaf in parameters(model).items()}
+    return held if resident is None else offloaded_leaves(held, resident)
 
 
 @contextmanager
@@ -105,7 +131,7 @@ def as_stored(path: str, leaf: jax.ShapeDtypeStruct, params: Params) -> jax.Shap
     """
     if f"{path}.codes" in params:
         return packed_as_stored(path, leaf, params)
-    if not path.endswith((".gate_EDI", ".up_EDI", ".down_EID")) or path not in params:
+    if not is_experts(path) or path not in params:
         return leaf
     dtype = params[path][1]
     return leaf.update(dtype=dtype) if np.can_cast(dtype, leaf.dtype) else leaf

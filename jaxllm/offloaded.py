@@ -1,0 +1,101 @@
+"""Stacks of experts of which a stated number stays on each device; the others lie in host memory and come over when
+they are chosen.
+
+Host memory is a memory kind of arrays like any other (`pinned_host`): such an array is split over the mesh, each device
+has its part in its own host's memory, and inside jit a slice of it is moved with `jax.device_put`. To compute on it
+where it lies is an error.
+"""
+import dataclasses
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.quant import Packed, Weight, take
+
+HOST = "pinned_host"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Offloaded:
+    """A stack of E experts, split into P parts over the mesh, each of e of which r are resident."""
+    resident: Weight | None      # [P * r, ...]; None if r is 0
+    host: Weight                 # [P * (e - r), ...]
+    place_E: jax.Array           # int32, among its part's: below r in `resident`, from r on in `host`
+
+    @property
+    def num_resident(self) -> int:
+        """Of P parts together; inside shard_map r."""
+        return 0 if self.resident is None else self.resident.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack that it stands for."""
+        num, *expert = self.host.shape
+        return (self.num_resident + num, *expert)
+
+    def __getitem__(self, index: EllipsisType) -> "Offloaded":
+        """`weight[...]`, as modules read their parameters."""
+        return self
+
+
+def fetch(host: Weight, index: jax.Array) -> Weight:
+    """host[index] on the device: only that expert crosses the bus."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), take(host, index))
+
+
+def num_parts(leaf: jax.ShapeDtypeStruct) -> int:
+    """Into how many parts the mesh splits a stack of experts."""
+    assert leaf.sharding is not None
+    return leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+
+
+def offload(leaf: jax.ShapeDtypeStruct | Packed, resident: int) -> jax.ShapeDtypeStruct | Packed | Offloaded:
+    """The abstract stack with `resident` experts of each part on the device; as it is if those are all.
+
+    ValueError if `resident` is negative or more than a part has.
+    """
+    stack = jax.tree.leaves(leaf)[0]
+    num, parts = stack.shape[0], num_parts(stack)
+    if not 0 <= resident <= num // parts:
+        raise ValueError(f"resident_experts = {resident}: a device has {num // parts} experts of each layer (of {num}, "
+                         f"in {parts} parts over the mesh); expected 0 to {num // parts}")
+    if resident == num // parts:
+        return leaf
+
+    def some(each: int, kind: str | None) -> jax.ShapeDtypeStruct | Packed:
+        return jax.tree.map(lambda x: x.update(shape=(parts * each, *x.shape[1:]),
+                                               sharding=x.sharding.with_memory_kind(kind)), leaf)
+
+    place = NamedSharding(stack.sharding.mesh, PartitionSpec(stack.sharding.spec[0]))
+    return Offloaded(some(resident, None) if resident else None, some(num // parts - resident, HOST),
+                     jax.ShapeDtypeStruct((num,), jnp.int32, sharding=place))
+
+
+def choose(count_E: np.ndarray, parts: int, resident: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which experts [parts * r] are resident, those of each part that were used most (the first of equals), and which
+    are not [parts * (e - r)]; within a part in the order of their numbers."""
+    order = np.argsort(-count_E.reshape(parts, -1), axis=1, kind="stable")
+    first = np.arange(parts)[:, None] * order.shape[1]
+    kept, others = (np.sort(some, axis=1) + first for some in np.split(order, [resident], axis=1))
+    return kept.ravel(), others.ravel()
+
+
+def places(resident: np.ndarray, others: np.ndarray, parts: int) -> np.ndarray:
+    """int32 [E]: place_E of an `Offloaded` with these experts."""
+    both = np.concatenate([resident.reshape(parts, -1), others.reshape(parts, -1)], axis=1)
+    place = np.empty(both.size, np.int32)
+    place[both.ravel()] = np.tile(np.arange(both.shape[1], dtype=np.int32), parts)
+    return place
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    """ValueError for devices that have no host memory of their own kind."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(f"resident_experts: {device.platform} devices have no {HOST} memory for the other experts "
+                         f"({', '.join(kinds)}); load all experts onto the devices")
