@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.quant import Packed, Weight, take
+from jaxllm.quant import Packed, Weight
 
 HOST = "pinned_host"
+GROUP = 8      # rows
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +24,7 @@ HOST = "pinned_host"
 class Offloaded:
     """A stack of E experts, split into P parts over the mesh, each of e of which r are resident."""
     resident: Weight | None      # [P * r, ...]; None if r is 0
-    host: Weight                 # [P * (e - r), ...]
+    host: Weight                 # [P * (e - r), ...], rows of bytes in groups
     place_E: jax.Array           # int32, among its part's: below r in `resident`, from r on in `host`
 
     @property
@@ -34,8 +35,7 @@ class Offloaded:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stack that it stands for."""
-        num, *expert = self.host.shape
-        return (self.num_resident + num, *expert)
+        return (self.place_E.shape[0], *jax.eval_shape(fetch, self.host, 0).shape)
 
     def __getitem__(self, index: EllipsisType) -> "Offloaded":
         """`weight[...]`, as modules read their parameters."""
@@ -44,7 +44,33 @@ class Offloaded:
 
 def fetch(host: Weight, index: jax.Array) -> Weight:
     """host[index] on the device: only that expert crosses the bus."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), take(host, index))
+    def one(x: jax.Array) -> jax.Array:
+        expert = jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+        expert = jax.device_put(expert, jax.memory.Space.Device)
+        return expert.reshape(-1, expert.shape[-1])
+
+    if isinstance(host, Packed):
+        return Packed(one(host.codes), one(host.scale), host.dim - 1)
+    assert isinstance(host, jax.Array)
+    return one(host)
+
+
+def grouped(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """[E, n, m] of single bytes as [E, n / 8, 8, m], which are the same bytes in the same order.
+
+    XLA's TPU compiler gives an argument of bytes another layout (tiles of 32 rows) than it computes with (of 8), and
+    would bring a whole stack over, turn it, and take it back, each time that one expert is fetched (docs/log.md). With
+    rows of 8 both are the same.
+    """
+    sharding = x.sharding
+    assert isinstance(sharding, NamedSharding)
+    rows = sharding.shard_shape(x.shape)[1]
+    if x.dtype.itemsize > 1 or rows % GROUP:
+        return x
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    E, n, m = x.shape
+    return x.update(shape=(E, n // GROUP, GROUP, m),
+                    sharding=sharding.update(spec=PartitionSpec(*spec[:2], None, *spec[2:])))
 
 
 def num_parts(leaf: jax.ShapeDtypeStruct) -> int:
@@ -66,12 +92,13 @@ def offload(leaf: jax.ShapeDtypeStruct | Packed, resident: int) -> jax.ShapeDtyp
     if resident == num // parts:
         return leaf
 
-    def some(each: int, kind: str | None) -> jax.ShapeDtypeStruct | Packed:
-        return jax.tree.map(lambda x: x.update(shape=(parts * each, *x.shape[1:]),
-                                               sharding=x.sharding.with_memory_kind(kind)), leaf)
+    def some(each: int) -> jax.ShapeDtypeStruct | Packed:
+        return jax.tree.map(lambda x: x.update(shape=(parts * each, *x.shape[1:])), leaf)
 
+    host = jax.tree.map(lambda x: grouped(x.update(sharding=x.sharding.with_memory_kind(HOST))),
+                        some(num // parts - resident))
     place = NamedSharding(stack.sharding.mesh, PartitionSpec(stack.sharding.spec[0]))
-    return Offloaded(some(resident, None) if resident else None, some(num // parts - resident, HOST),
+    return Offloaded(some(resident) if resident else None, host,
                      jax.ShapeDtypeStruct((num,), jnp.int32, sharding=place))
 
 

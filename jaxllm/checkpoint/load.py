@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxllm.checkpoint.blocks import Index, aligned_empty, bounds, cut_shape, relative
 from jaxllm.checkpoint.errors import CheckpointError, listed
@@ -56,8 +57,9 @@ def load_arrays(source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]) -> 
     """The parameters that `targets` names, in the shape, dtype and sharding that each target states.
 
     Plain parameters are cast, on the host. Where the K dim of a k_DKH or v_DKV target is a multiple of the stored one,
-    each kv head is repeated; where a dim of a scale is, each scale is, for finer blocks. Host memory: one device's
-    slice of one parameter. NaN or Inf: one warning for each parameter.
+    each kv head is repeated; where a dim of a scale is, each scale is, for finer blocks. A target of one dim more has
+    dim 1 cut in two, of which the first may be split. Host memory: one device's slice of one parameter, beside what a
+    target wants there. NaN or Inf: one warning for each parameter.
     Errors: CheckpointError for paths or shapes that do not match; MTP blocks that no target names are left.
     """
     missing = sorted(targets.keys() - source.params.keys())
@@ -70,6 +72,7 @@ def load_arrays(source: Source, targets: Mapping[str, jax.ShapeDtypeStruct]) -> 
 
 
 def _load(source: Source, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+    final, target = target, _as_stored(target, len(source.params[path][0]))
     repeats = _repeats(source, path, target)
     dtype, tally = np.dtype(target.dtype), Tally()
     arrays = []
@@ -77,10 +80,22 @@ def _load(source: Source, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         index = tuple(slice(*cut) for cut in stored)
         values = _read(source, path, index, dtype, tally)
         for device, cut in wanted:
-            arrays.append(jax.device_put(_repeat(values, stored, cut, repeats), jax.sharding.SingleDeviceSharding(
-                device, memory_kind=target.sharding.memory_kind)))
+            part = _repeat(values, stored, cut, repeats).reshape(final.sharding.shard_shape(final.shape))
+            place = SingleDeviceSharding(device, memory_kind=final.sharding.memory_kind)
+            arrays.append(jax.device_put(part, place))
     tally.warn(source, path)
-    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+    return jax.make_array_from_single_device_arrays(final.shape, final.sharding, arrays)
+
+
+def _as_stored(target: jax.ShapeDtypeStruct, ndim: int) -> jax.ShapeDtypeStruct:
+    """The target with dims 1 and 2 as one, if it has one dim more than what is stored."""
+    if target.ndim != ndim + 1 or not isinstance(target.sharding, NamedSharding):
+        return target
+    axes = [*target.sharding.spec, *[None] * (target.ndim - len(target.sharding.spec))]
+    assert axes[2] is None, target.sharding
+    first, rows, group, *rest = target.shape
+    return target.update(shape=(first, rows * group, *rest),
+                         sharding=target.sharding.update(spec=PartitionSpec(*axes[:2], *axes[3:])))
 
 
 def _repeats(source: Source, path: str, target: jax.ShapeDtypeStruct) -> tuple[int, ...]:

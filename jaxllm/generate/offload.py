@@ -40,7 +40,7 @@ class Split:
         self.held = {path: leaf for path, leaf in held.items() if path not in self.offloaded}
         self.rows: dict[str, dict[str, np.ndarray]] = {}      # path -> name of a part -> experts
         for path, leaf in self.offloaded.items():
-            num, parts = leaf.shape[0], num_parts(leaf.place_E)
+            num, parts = leaf.place_E.shape[0], num_parts(leaf.place_E)
             count_E = usage.count[int(path.split(".")[1])] if usage else np.zeros(num, np.int64)
             self.rows[path] = dict(zip(("resident", "host"), choose(count_E, parts, leaf.num_resident // parts),
                                        strict=True))

@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.axes import make_mesh, parse_mesh, spec
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.config import Config
-from jaxllm.gathered import gathered, stored
-from jaxllm.generate.load import Params, abstract_model, as_stored
+from jaxllm.gathered import gathered
+from jaxllm.generate.load import Params, abstract_model, stored_leaves
 from jaxllm.generate.step import init_cache, prefill
 from jaxllm.info import held_source
 from jaxllm.model import Transformer
-from jaxllm.paths import parameter_path, parameters
+from jaxllm.paths import parameter_path
 from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.steps import Work
 
@@ -82,24 +82,26 @@ def params_of(folder: str, config: Config, weights: str | None) -> Params:
     return source.params if source else stated_params(config, weights)
 
 
-def abstract_weights(config: Config, mesh: Mesh, params: Params, dtype: jnp.dtype
+def abstract_weights(config: Config, mesh: Mesh, params: Params, dtype: jnp.dtype, resident: int | None = None
                      ) -> tuple[Transformer, dict[str, Any]]:
     """The module tree to compute with, and path -> leaf as `load` stores it, on a mesh whose devices are not here."""
     model = abstract_model(config, mesh, dtype)
-    held = {path: as_stored(path, stored(leaf), params) for path, leaf in parameters(model).items()}
+    held = stored_leaves(model, params, resident=resident)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: gathered(held[parameter_path(path)], leaf.sharding.spec), model), held
 
 
 def compile_step(config: Config, devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None, work: Work,
-                 params: Params | None = None) -> Program:
+                 params: Params | None = None, resident: int | None = None) -> Program:
     """A step compiled for these devices.
 
     params: leaf -> (shape, dtype) as a Source has them; by default what the config states.
+    resident: of a device's experts of each layer, the others are in host memory; by default all.
     Errors: ValueError for what does not fit the mesh, and if the compiler finds too little HBM.
     """
     place, dtype = mesh_over(devices, mesh), jnp.dtype(config.dtype)
-    model, held = abstract_weights(config, place, stated_params(config) if params is None else params, dtype)
+    model, held = abstract_weights(config, place, stated_params(config) if params is None else params, dtype,
+                                   resident)
     cache = _on(place, jax.eval_shape(lambda: init_cache(config, place.abstract_mesh, work.batch, work.context,
                                                          work.in_flight, dtype)))
     begin = time.perf_counter()
