@@ -26,7 +26,7 @@ def apply_held_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Arra
 
 def experts_from_host(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Offloaded) -> jax.Array:
     """As `apply_experts`; it has no gradient."""
-    r = experts[0].num_resident
+    r, resident = experts[0].num_resident, [w.resident for w in experts if w.resident is not None]
     blocks, weight_R = lay_out(local_MA, experts[0].shape[0]), weight_MA.reshape(-1)
     place_n = experts[0].place_E[blocks.expert_n]
     begin_s, num_fetched = stretches(blocks, place_n >= r)
@@ -41,7 +41,7 @@ def experts_from_host(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array
                 return add_block(n, out_MD, x_MD, weight_R, blocks, chosen)
             if r == 0:
                 return add(fetched)
-            return jax.lax.cond(place_n[n] < r, lambda: add(tuple(take(w.resident, place_n[n]) for w in experts)),
+            return jax.lax.cond(place_n[n] < r, lambda: add(tuple(take(w, place_n[n]) for w in resident)),
                                 lambda: add(fetched))
         return jax.lax.fori_loop(begin_s[s], begin_s[s + 1], visit, out_MD)
 

@@ -6,7 +6,9 @@ has its part in its own host's memory, and inside jit a slice of it is moved wit
 where it lies is an error.
 """
 import dataclasses
+import math
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,9 @@ class Offloaded:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stack that it stands for."""
-        return (self.place_E.shape[0], *jax.eval_shape(fetch, self.host, 0).shape)
+        whole: Weight = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+            (self.place_E.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), x.dtype), self.host)
+        return whole.shape
 
     def __getitem__(self, index: EllipsisType) -> "Offloaded":
         """`weight[...]`, as modules read their parameters."""
@@ -73,14 +77,14 @@ def grouped(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                     sharding=sharding.update(spec=PartitionSpec(*spec[:2], None, *spec[2:])))
 
 
-def num_parts(leaf: jax.ShapeDtypeStruct) -> int:
-    """Into how many parts the mesh splits a stack of experts."""
-    assert leaf.sharding is not None
+def num_parts(leaf: Any) -> int:
+    """Into how many parts the mesh splits dim 0 of an array, abstract or real."""
     return leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
 
 
-def offload(leaf: jax.ShapeDtypeStruct | Packed, resident: int) -> jax.ShapeDtypeStruct | Packed | Offloaded:
-    """The abstract stack with `resident` experts of each part on the device; as it is if those are all.
+def offload(leaf: Any, resident: int) -> Any:
+    """The abstract stack (ShapeDtypeStruct, or Packed of those) as an `Offloaded` with `resident` experts of each part
+    on the device; as it is if those are all.
 
     ValueError if `resident` is negative or more than a part has.
     """
@@ -92,14 +96,14 @@ def offload(leaf: jax.ShapeDtypeStruct | Packed, resident: int) -> jax.ShapeDtyp
     if resident == num // parts:
         return leaf
 
-    def some(each: int) -> jax.ShapeDtypeStruct | Packed:
+    def some(each: int) -> Any:
         return jax.tree.map(lambda x: x.update(shape=(parts * each, *x.shape[1:])), leaf)
 
     host = jax.tree.map(lambda x: grouped(x.update(sharding=x.sharding.with_memory_kind(HOST))),
                         some(num // parts - resident))
-    place = NamedSharding(stack.sharding.mesh, PartitionSpec(stack.sharding.spec[0]))
-    return Offloaded(some(resident) if resident else None, host,
-                     jax.ShapeDtypeStruct((num,), jnp.int32, sharding=place))
+    place: Any = jax.ShapeDtypeStruct((num,), jnp.int32, sharding=NamedSharding(
+        stack.sharding.mesh, PartitionSpec(stack.sharding.spec[0])))
+    return Offloaded(some(resident) if resident else None, host, place)
 
 
 def choose(count_E: np.ndarray, parts: int, resident: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,3 +130,8 @@ def check_host_memory(mesh: Mesh) -> None:
     if HOST not in kinds:
         raise ValueError(f"resident_experts: {device.platform} devices have no {HOST} memory for the other experts "
                          f"({', '.join(kinds)}); load all experts onto the devices")
+
+
+def on_device(tree: Any) -> list[Any]:
+    """The arrays of a tree, real or abstract, that are not in host memory."""
+    return [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]

@@ -1,6 +1,6 @@
-"""How often each expert was chosen over some text: what says which of them to keep on a device, and what a step fetches.
+"""How often each expert was chosen over some text: what says which to keep on a device.
 
-A JSON file: the shapes of the model that was counted, the tokens read, and for each layer with experts a count of each.
+A JSON file: the shapes of the model, the tokens that were read, and for each layer with experts a count of each.
 """
 import dataclasses
 import json
@@ -53,8 +53,8 @@ def read_usage(file: str | os.PathLike[str], config: Config) -> Usage:
         raise ValueError(f"{file} was counted with another model, {usage.model}; this one is {identity(config)}: count "
                          "with this one (jaxllm usage)")
     E, A = config.n_routed_experts, config.num_experts_per_tok
-    if list(usage.count) != expert_layers(config):
-        raise ValueError(f"{file} counts layers {list(usage.count)}; the model's experts are in {expert_layers(config)}")
+    if list(usage.count) != (layers := expert_layers(config)):
+        raise ValueError(f"{file} counts layers {list(usage.count)}; the model's experts are in {layers}")
     for layer, count in usage.count.items():
         if (count.shape != (E,) or count.dtype != np.int64 or (count < 0).any() or type(usage.tokens) is not int
                 or usage.tokens < 1 or count.sum() != usage.tokens * (A or 0)):

@@ -15,10 +15,10 @@ MAX_LINES = 300
 # From the top down. A file imports from its own row and from those below, never from above, and never in a circle.
 # "" is the package's own __init__: the public names, which only the command line takes from there.
 ROWS = [
-    {"__main__"}, {"cli"}, {"tpu"}, {"info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents"}, {"generate"},
-    {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"}, {"dispatch"},
-    {"self_attention", "splash", "cache", "rope", "norm", "experts", "experts_in_turns"},
-    {"linear", "gathered", "kernels"}, {"axes", "quant"},
+    {"__main__"}, {"cli"}, {"tpu"}, {"info"}, {""}, {"train"}, {"evaluate", "calibrate", "documents", "usage_count"},
+    {"generate"}, {"lora"}, {"checkpoint"}, {"model"}, {"mtp"}, {"attention", "moe", "mlp"}, {"dispatch"},
+    {"experts_offloaded"}, {"self_attention", "splash", "cache", "rope", "norm", "experts", "experts_in_turns"},
+    {"linear", "gathered", "kernels", "offloaded", "usage"}, {"axes", "quant"},
     {"paths", "config", "config_check", "config_hub", "codec", "encode"},
 ]
 NEVER = {"torch", "transformers", "safetensors"}        # only tests and tools may lean on them

@@ -1,5 +1,5 @@
-"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `info`, `train`, `tokenizer`, `plan`,
-`compile`.
+"""The command line: `jaxllm convert`, `verify`, `export`, `generate`, `eval`, `usage`, `info`, `train`, `tokenizer`,
+`plan`, `compile`.
 
 Bad input (ValueError, OSError) is one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
@@ -13,10 +13,11 @@ from jaxllm.cli.parser import Parser
 from jaxllm.cli.tokenizer import add_tokenizer
 from jaxllm.cli.tpu import add_compile, add_plan
 from jaxllm.cli.train import add_train
+from jaxllm.cli.usage import add_usage
 
 # In the order of --help.
-ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_info, add_train, add_tokenizer, add_plan,
-       add_compile)
+ADD = (add_convert, add_verify, add_export, add_generate, add_eval, add_usage, add_info, add_train, add_tokenizer,
+       add_plan, add_compile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,9 @@ SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")  
 DTYPE_HELP = "what it computes in (default: float32 on CPU, else the model's)"
 MESH_HELP = "sizes of the mesh axes, as in data=1,expert=4,tensor=2; absent ones are 1 (default: one device)"
 
+RESIDENT_HELP = ("so many of a device's experts of each layer stay on it, the others lie in host memory and are "
+                 "brought over when chosen (default: all stay)")
+
 
 def add_generate(verbs: Verbs) -> None:
     verb = verbs.add_parser("generate", help="continue prompts",
@@ -27,6 +30,7 @@ def add_generate(verbs: Verbs) -> None:
     verb.add_argument("--mesh", help=MESH_HELP)
     verb.add_argument("--replicate", action="store_true",
                       help="hold all weights at each place along the axis data: several times as fast, for the bytes")
+    add_offload(verb)
     verb.add_argument("--adapter", metavar="DIR", help="a folder of PEFT's files (LoRA) for this model")
     verb.add_argument("--max-new-tokens", metavar="N", type=int, help="default 128")
     verb.add_argument("--temperature", metavar="T", type=float, help="0 is greedy; 1 with --top-p or --top-k alone")
@@ -43,10 +47,17 @@ def add_generate(verbs: Verbs) -> None:
     verb.set_defaults(run=run_generate)
 
 
+def add_offload(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--resident-experts", metavar="N", type=int, help=RESIDENT_HELP)
+    verb.add_argument("--usage", metavar="FILE", help="those chosen most by this count stay (jaxllm usage writes it; "
+                                                      "default: the first)")
+
+
 def run_generate(args: argparse.Namespace) -> None:
     if args.distributed:
         join_processes()
-    model = load(args.model, args.mesh, args.dtype, replicate=args.replicate, adapter=args.adapter)
+    model = load(args.model, args.mesh, args.dtype, replicate=args.replicate, adapter=args.adapter,
+                 resident_experts=args.resident_experts, usage=args.usage)
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     prompts = [model.tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else prompt
                for prompt in args.prompts]
@@ -70,13 +81,14 @@ def add_eval(verbs: Verbs) -> None:
     verb.add_argument("--against", metavar="MODEL", help="the reference")
     verb.add_argument("--json", metavar="FILE", help="write the numbers there too")
     verb.add_argument("--mesh", help=MESH_HELP)
+    add_offload(verb)
     verb.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
     verb.set_defaults(run=run_eval)
 
 
 def run_eval(args: argparse.Namespace) -> None:
     def loaded(folder: str) -> tuple[str, Model]:
-        return folder, load(folder, args.mesh, args.dtype)
+        return folder, load(folder, args.mesh, args.dtype, resident_experts=args.resident_experts, usage=args.usage)
 
     against = loaded(args.against) if args.against else None
     found = evaluate(map(loaded, args.models), args.text, against, progress=True)

@@ -1,11 +1,14 @@
 """The verbs about hardware that is not here: plan, compile."""
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from jaxllm.axes import make_abstract_mesh
-from jaxllm.cli.models import MESH_HELP
+from jaxllm.cli.models import MESH_HELP, RESIDENT_HELP
 from jaxllm.cli.parser import Verbs
 from jaxllm.config import Config
 from jaxllm.model import check_mesh
@@ -13,6 +16,7 @@ from jaxllm.tpu import plan as step_planner
 from jaxllm.tpu import train_plan as train_planner
 from jaxllm.tpu.chips import Slice, slice_of
 from jaxllm.tpu.held import Held
+from jaxllm.tpu.offload import offload_plans, parse_size
 from jaxllm.tpu.plan import Plan
 from jaxllm.tpu.program import compile_step, devices_of, params_of
 from jaxllm.tpu.report import Report, report_of
@@ -20,6 +24,7 @@ from jaxllm.tpu.steps import STEPS, TRAIN, TRAIN_CONTEXT, Training, Work, traini
 from jaxllm.tpu.train_plan import TrainPlan
 from jaxllm.tpu.train_program import compile_train
 from jaxllm.train.memory import show
+from jaxllm.usage import read_usage
 
 CONTEXT = 32768
 WEIGHTS = ("mxfp4", "fp8", "int4")
@@ -33,13 +38,23 @@ def add_plan(verbs: Verbs) -> None:
                                         "reaches; of training also the days of a run. Reads only config.json, and "
                                         "needs no device and no compiler.")
     add_step(verb, "as in v6e:8x8, h100:8, gpu:8x24GB, or all; an unknown one lists those there are")
+    verb.add_argument("--host", metavar="SIZE", help="memory of the slice's hosts, as in 1TB: experts that do not fit "
+                                                     "the devices lie there, and are brought over when chosen")
+    verb.add_argument("--usage", metavar="FILE", help="with --host: how often each expert is chosen, as jaxllm usage "
+                                                      "wrote it (default: all alike)")
     verb.set_defaults(run=run_plan)
 
 
 def run_plan(args: argparse.Namespace) -> None:
     held = held_of(args)
     work = asked(args, held.config)
-    if args.on == "all":
+    if args.usage and not args.host:
+        raise ValueError("--usage says which experts stay on a device, and goes with --host")
+    found: Sequence[Any]
+    if args.host:
+        found = with_host(args, held, work)
+        tell(found)
+    elif args.on == "all":
         found = planner(work).smallest(held, work)
         if not found:
             raise ValueError(f"{args.model}: no slice of the table holds it with {args.batch} rows of {args.context}")
@@ -49,9 +64,25 @@ def run_plan(args: argparse.Namespace) -> None:
         found = on_slice(held, on, args.mesh, work)
         if found[0].on.num_chips < on.num_chips:
             print(f"no mesh over all {on.num_chips} of {on.name} holds it: {found[0].on.num_chips} take part")
-        print("\n".join(x.row() for x in found[:1 + RUNNERS_UP]))
-        print(found[0].describe())
+        tell(found)
     write(args, [x.to_dict() for x in found], found[0])
+
+
+def tell(found: Sequence[Any]) -> None:
+    print("\n".join(x.row() for x in found[:1 + RUNNERS_UP]))
+    print(found[0].describe())
+
+
+def with_host(args: argparse.Namespace, held: Held, work: Work | Training) -> Sequence[Plan]:
+    """Plans with experts in host memory."""
+    if isinstance(work, Training):
+        raise ValueError(f"--host is for steps that no gradient is taken of, not for --step {TRAIN}")
+    if args.on == "all":
+        raise ValueError("--host is the memory of one slice's hosts: name the slice with --on")
+    on = slice_of(args.on)
+    mesh = mesh_on(held, on, args.mesh, work) if args.mesh else None
+    usage = read_usage(args.usage, held.config) if args.usage else None
+    return offload_plans(held, on, work, parse_size(args.host), mesh, usage)
 
 
 def asked(args: argparse.Namespace, config: Config) -> Work | Training:
@@ -70,7 +101,8 @@ def planner(work: Work | Training) -> Any:
 
 def on_slice(held: Held, on: Slice, mesh: str | None, work: Work | Training) -> list[Any]:
     """Plans that fit, the best first. ValueError says by how much it does not, and what is the smallest that does."""
-    found = [on_mesh(held, on, mesh, work)] if mesh else planner(work).plans(held, on, work)
+    found = ([planner(work).plan(held, on, mesh_on(held, on, mesh, work), work)] if mesh
+             else planner(work).plans(held, on, work))
     if not found:
         raise ValueError(f"{held.name}: no mesh over the {on.num_devices} devices of {on.name} splits the model and "
                          f"{work.batch} rows evenly")
@@ -84,14 +116,15 @@ def on_slice(held: Held, on: Slice, mesh: str | None, work: Work | Training) -> 
                      + (f"the smallest that fits is {same[0].on.name}" if same else "no slice of the table holds it"))
 
 
-def on_mesh(held: Held, on: Slice, mesh: str, work: Work | Training) -> Plan | TrainPlan:
+def mesh_on(held: Held, on: Slice, mesh: str, work: Work | Training) -> AbstractMesh:
+    """ValueError if the model, the slice or the rows do not go with this mesh."""
     abstract = make_abstract_mesh(mesh)
     check_mesh(held.config, abstract)
     if abstract.size != on.num_devices:
         raise ValueError(f"the mesh has {abstract.size} devices, but {on.name} has {on.num_devices}: all take part")
     if work.batch % abstract.shape["data"]:
         raise ValueError(f"batch = {work.batch} cannot be split over mesh axis data = {abstract.shape['data']}")
-    return planner(work).plan(held, on, abstract, work)
+    return abstract
 
 
 def add_compile(verbs: Verbs) -> None:
@@ -100,6 +133,7 @@ def add_compile(verbs: Verbs) -> None:
                                         "libtpu, and tells its memory, the bytes that it moves beside the least "
                                         "possible, and its collectives. Reads only config.json.")
     add_step(verb, "a TPU slice, as in v6e:8x8; another lists those there are")
+    verb.add_argument("--resident-experts", metavar="N", type=int, help=RESIDENT_HELP)
     verb.set_defaults(run=run_compile)
 
 
@@ -109,7 +143,7 @@ def run_compile(args: argparse.Namespace) -> None:
     devices = devices_of(on)
     mesh = args.mesh or on_slice(held, on, None, work)[0].mesh
     program = (compile_train(held, devices, mesh, work) if isinstance(work, Training) else
-               compile_step(held.config, devices, mesh, work, held.all_params))
+               compile_step(held.config, devices, mesh, work, held.all_params, args.resident_experts))
     report = report_of(program, Path(args.model).name, on)
     print(report.describe())
     write(args, report.to_dict(), report)

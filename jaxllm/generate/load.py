@@ -76,7 +76,8 @@ def load(path: str | os.PathLike[str], mesh: str | dict[str, int] | Mesh | None 
     transformer = load_transformer(source, config, mesh, jnp.dtype(dtype), replicate=replicate,
                                    resident=resident_experts, usage=counted)
     if found := adapter_of(source, config, adapter, reading):
-        if resident_experts is not None and (stacks := sorted(path for path in found.arrays if is_experts(path.rsplit('.', 1)[0]))):
+        stacks = sorted(path for path in found.arrays if is_experts(path.rpartition(".")[0]))
+        if stacks and resident_experts is not None:
             raise ValueError(f"resident_experts: experts with an adapter ({stacks[0]}) cannot lie in host memory; "
                              "merge it first, jaxllm export --merge-lora")
         adapters = place(found.arrays, abstract_model(config, mesh, jnp.dtype(dtype)))

@@ -9,7 +9,6 @@ from jaxllm.checkpoint.selected import Selected
 from jaxllm.checkpoint.source import Source
 from jaxllm.codec import PARTS
 from jaxllm.offloaded import Offloaded, choose, num_parts, offload, places
-
 from jaxllm.usage import Usage
 
 EXPERTS = (".gate_EDI", ".up_EDI", ".down_EID")
@@ -49,7 +48,7 @@ class Split:
 
     def source(self, source: Source) -> Source:
         """With the parts' parameters in the place of the whole ones'."""
-        selected = {}
+        selected: dict[str, tuple[str, np.ndarray]] = {}
         for path, rows in self.rows.items():
             for name in ("", *(f".{part}" for part in PARTS)):
                 if path + name in source.params:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -17,11 +18,27 @@ from jaxllm.cache import num_slots, slot_places
 from jaxllm.config import Config, LayerSpec
 from jaxllm.gathered import stored
 from jaxllm.generate.load import Params, abstract_model, as_stored
+from jaxllm.generate.offload import is_experts
 from jaxllm.info import KINDS, kind_of
 from jaxllm.model import stored_layer
+from jaxllm.offloaded import num_parts
 from jaxllm.paths import parameters
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import device_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacks:
+    """Experts where some are in host memory, which lie whole along `data`: of a device."""
+    layers: int      # that have experts
+    parts: int       # into which the mesh splits the experts of a layer
+    each: int        # experts of a part
+    expert: int      # bytes of one
+
+    @property
+    def moving(self) -> int:
+        """Bytes beside those of the resident ones: of one that is used, one that comes, and where each of them is."""
+        return 2 * self.expert + 3 * 4 * self.each * self.layers
 
 
 class Held:
@@ -54,6 +71,15 @@ class Held:
             times = self.count[layers[int(path.split(".")[1])]] if path.startswith("layers.") else 1
             found[kind_of(path)] += times * device_bytes(as_stored(path, stored(leaf), self.params))
         return found
+
+    def experts(self, mesh: AbstractMesh) -> Stacks:
+        leaves = {path: leaf for path, leaf in parameters(abstract_model(self.small, mesh, self.dtype)).items()
+                  if is_experts(path)}
+        layer = {path.split(".")[1] for path in leaves}.pop()
+        stacks = [as_stored(path, leaf, self.params) for path, leaf in leaves.items() if path.split(".")[1] == layer]
+        parts = num_parts(jax.tree.leaves(stacks)[0])
+        each = jax.tree.leaves(stacks)[0].shape[0] // parts
+        return Stacks(sum(layer.is_moe for layer in self.config.layers), parts, each, device_bytes(stacks) // each)
 
     def cache(self, mesh: AbstractMesh, work: Work) -> int:
         """Bytes of a device's share of the cache."""

@@ -9,6 +9,7 @@ from typing import Any
 from jaxllm.axes import degree
 from jaxllm.dispatch import expected_places
 from jaxllm.info import KINDS, kind_of
+from jaxllm.offloaded import on_device
 from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import unused_bytes
 from jaxllm.tpu.hlo import parse
@@ -32,7 +33,7 @@ class Report:
     work: Work | Training
     compile_seconds: float
     held: dict[str, int]              # arguments by kind: of parameters, and the cache
-    memory: dict[str, int]            # as the compiler counts: arguments, temporaries, aliased, peak; and usable
+    memory: dict[str, int]            # as the compiler counts: arguments, temporaries, aliased, host, peak; usable
     moved: dict[str, int]             # in a step, by class
     least: dict[str, int]
     collectives: list[Collective]
@@ -68,7 +69,8 @@ class Report:
             ("program", f"{self.work.step} of {self.model}, {self.work}, on {self.on.name} as {axes}; compiled "
                         f"in {self.compile_seconds:.0f} s"),
             ("memory", f"peak {show(self.memory['peak'])} of {show(self.memory['usable'])} a device: arguments "
-                       f"{show(self.memory['arguments'])}, temporaries {show(self.memory['temporaries'])}"),
+                       f"{show(self.memory['arguments'])}, temporaries {show(self.memory['temporaries'])}"
+                       + (f"; in host memory {show(self.memory['host'])}" if self.memory["host"] else "")),
             ("held", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)),
             ("moved", f"{show(sum(self.moved.values()))} a step, {self.ratio:.2f} of the least: "
                       + ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.moved.items())),
@@ -83,12 +85,14 @@ def report_of(program: Program | TrainProgram, model: str, on: Slice, large: int
     """`large`: bytes of a buffer from which on it is named."""
     memory, text = program.compiled.memory_analysis(), program.compiled.as_text()
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
+    host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     share = 1.0 if isinstance(program, TrainProgram) else ragged_share(program)
     traffic = Traffic(parse(text), OWNERS, share)
     return Report(
         model, on, dict(program.mesh.shape), program.work, program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-         "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes,
+         "aliased": memory.alias_size_in_bytes, "host": host,
+         "peak": memory.peak_memory_in_bytes - host,      # the compiler adds both
          "usable": int(on.chip.usable_hbm.value)},
         traffic.by_class(), least_bytes(program), traffic.collectives(), traffic.large(large),
         program.replicated(large) if isinstance(program, TrainProgram) else {})
@@ -103,12 +107,12 @@ def ragged_share(program: Program) -> float:
 
 
 def held_bytes(program: Program | TrainProgram) -> dict[str, int]:
-    """Of each kind of parameter, and of the cache, on a device."""
+    """Of each kind of parameter, and of the cache, on a device; what is in host memory is not."""
     if isinstance(program, TrainProgram):
         return program.held
     found = dict.fromkeys([kind for kind, _ in KINDS], 0)
     for path, leaf in program.weights.items():
-        found[kind_of(path)] += device_bytes(leaf)
+        found[kind_of(path)] += device_bytes(on_device(leaf))
     return found | {"cache": device_bytes(program.cache)}
 
 
