@@ -12,9 +12,10 @@ from release_cases import FUSED, small_config
 
 import jaxllm
 from jaxllm.checkpoint import open_source
+from jaxllm.checkpoint.selected import Selected
 from jaxllm.config import Config
-from jaxllm.experts import experts_by_block
-from jaxllm.experts_offloaded import experts_from_host
+from jaxllm.experts import experts_by_block, lay_out
+from jaxllm.experts_offloaded import experts_from_host, stretches
 from jaxllm.generate.step import decode
 from jaxllm.offloaded import HOST, Offloaded, choose, grouped, places
 from jaxllm.tpu.chips import slice_of
@@ -125,6 +126,28 @@ def test_the_loop_is_that_of_resident_experts(resident, choice):
     found = jax.jit(experts_from_host)(*inputs, *offloaded)
     expected = jax.jit(experts_by_block)(*inputs, *map(jnp.asarray, stacks))
     assert np.array_equal(found, expected) and (np.abs(expected).max() > 1) == bool((among < E).any())
+
+
+@pytest.mark.parametrize("M", [1, 40, 600])
+def test_what_is_chosen_is_fetched_once(M):
+    """However many blocks an expert has; the stretches cover the blocks, and each begins with another expert."""
+    rng = np.random.default_rng(M)
+    local_MA = rng.choice(np.array([0, 2, 3, 6, E]), (M, 4)).astype(np.int32)
+    blocks, is_host_E = lay_out(jnp.asarray(local_MA), E), np.array([0, 1, 1, 0, 1, 1, 1, 1], bool)
+    begin_s, num = stretches(blocks, jnp.asarray(is_host_E)[blocks.expert_n])
+    fetched = np.asarray(blocks.expert_n)[np.asarray(begin_s)[1:int(num) + 1]]
+    assert fetched.tolist() == sorted({2, 6} & set(local_MA.ravel().tolist()))
+    assert begin_s[0] == 0 and begin_s[int(num) + 1] == blocks.num_used > (10 if M == 600 else 0)
+
+
+def test_rows_in_any_order(folders):
+    source, path = open_source(folders["mxfp4"]), "layers.0.moe.down_EID.codes"
+    some = Selected(source, {"some.down_EID.codes": (path, np.array([5, 0, 6]))})
+    whole = source.read(path, (slice(None),) * 3)
+    assert some.params.keys() == source.params.keys() - {path} | {"some.down_EID.codes"}
+    assert some.params["some.down_EID.codes"] == ((3, *whole.shape[1:]), whole.dtype)
+    assert np.array_equal(some.read("some.down_EID.codes", (slice(1, 3), slice(2, 9), slice(None))),
+                          whole[[0, 6], 2:9])
 
 
 def test_rows_of_bytes_are_grouped_where_a_device_has_whole_groups():
