@@ -141,6 +141,9 @@ def run_compile(args: argparse.Namespace) -> None:
     on, held = slice_of(args.on), held_of(args)
     work = asked(args, held.config)
     devices = devices_of(on)
+    if args.resident_experts is not None and (isinstance(work, Training) or not args.mesh):
+        raise ValueError(f"--resident-experts is not for --step {TRAIN}" if isinstance(work, Training) else
+                         "--resident-experts goes with --mesh: the best mesh by plan is one for a model that fits")
     mesh = args.mesh or on_slice(held, on, None, work)[0].mesh
     program = (compile_train(held, devices, mesh, work) if isinstance(work, Training) else
                compile_step(held.config, devices, mesh, work, held.all_params, args.resident_experts))
