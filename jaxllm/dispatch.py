@@ -12,12 +12,12 @@ place's tokens, as they are sent, r the rows it gets in one turn.
 """
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.axes import mesh_axes
-from jaxllm.experts_in_turns import Experts
 from jaxllm.experts_offloaded import apply_held_experts
 
 PLACES = mesh_axes("whole_experts")
@@ -79,7 +79,7 @@ def local_experts(expert_MA: jax.Array, num_here: int, axes: tuple[str, ...]) ->
     return jnp.where((local_MA >= 0) & (local_MA < num_here), local_MA, num_here)
 
 
-def apply_spread_experts(x_mD: jax.Array, expert_mA: jax.Array, weight_mA: jax.Array, experts: Experts) -> jax.Array:
+def apply_spread_experts(x_mD: jax.Array, expert_mA: jax.Array, weight_mA: jax.Array, experts: Any) -> jax.Array:
     """Sum over each token's experts (numbered as in the whole model) by weights, float32 [m, D].
 
     What comes back from a place is rounded to x's dtype. Inside shard_map, with everything varying along all mesh axes.

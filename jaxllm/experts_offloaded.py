@@ -5,20 +5,20 @@ belong to experts of the host there may be blocks of resident ones: while these,
 second is on its way. Each chosen expert crosses the bus once a step, and no other does. On the device there are two at
 a time, one that is used and one that comes.
 """
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxllm.experts import Blocks, add_block, apply_experts, lay_out
-from jaxllm.experts_in_turns import Experts
 from jaxllm.offloaded import Offloaded, fetch
 from jaxllm.quant import Weight, take
 
 Chosen = tuple[Weight, ...]      # gate_DI, up_DI, down_ID of one expert
 
 
-def apply_held_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array,
-                       experts: Experts | tuple[Offloaded, ...]) -> jax.Array:
-    """`apply_experts`, wherever the experts lie."""
+def apply_held_experts(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, experts: Any) -> jax.Array:
+    """`apply_experts` of three stacks, wherever they lie."""
     if isinstance(experts[0], Offloaded):
         return experts_from_host(x_MD, local_MA, weight_MA, *experts)
     return apply_experts(x_MD, local_MA, weight_MA, experts)
