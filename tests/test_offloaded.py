@@ -30,9 +30,9 @@ KINDS = ("mxfp4", "fp8", "bfloat16")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Kind -> a release of one layer, with as many experts as there are devices."""
+    """Kind -> a release of one layer, with twice as many experts as there are devices."""
     config = small_config(**FUSED, num_hidden_layers=1, hybrid_layer_pattern=[1], moe_layer_freq=[1],
-                          n_routed_experts=E, moe_router_dtype="bfloat16")
+                          n_routed_experts=2 * E, moe_router_dtype="bfloat16")
     found = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in found.items():
         write_release(config, folder, kind=kind)
@@ -41,8 +41,9 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def usage(folders, tmp_path_factory):
-    """A file in which experts 5, 2 and 7 are used most."""
-    config, count = Config.from_hub(folders["fp8"]), np.array([3, 4, 90, 5, 6, 99, 7, 80])
+    """A file in which experts 5, 2, 7, and of the second half 11 and 14, are used most."""
+    config = Config.from_hub(folders["fp8"])
+    count = np.array([3, 4, 90, 5, 6, 99, 7, 80, 1, 2, 3, 40, 5, 6, 50, 10])
     file = tmp_path_factory.mktemp("usage") / "usage.json"
     Usage(identity(config), int(count.sum()) // config.num_experts_per_tok, {0: count}).write(file)
     return file
@@ -61,10 +62,13 @@ def run(model: jaxllm.Model, batch: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "mesh", "resident", "batch"), [
-    ("mxfp4", None, 3, 1), ("fp8", "expert=8", 0, 8), ("mxfp4", "expert=4,tensor=2", 1, 8),
-    ("bfloat16", "data=2,expert=2,tensor=2", 2, 8)])
-def test_logits_are_identical_and_bytes_as_planned(folders, usage, kind, mesh, resident, batch):
+@pytest.mark.parametrize(("kind", "mesh", "resident", "batch", "least"), [
+    ("mxfp4", None, 3, 1, None), ("fp8", "expert=8", 0, 8, None), ("mxfp4", "expert=4,tensor=2", 1, 8, 0),
+    ("bfloat16", "data=2,expert=2,tensor=2", 2, 8, None)])
+def test_logits_are_identical_and_bytes_as_planned(folders, usage, monkeypatch, kind, mesh, resident, batch, least):
+    """least = 0: tokens are sent to their experts, however few."""
+    if least is not None:
+        monkeypatch.setattr("jaxllm.axes.LEAST_STREAM", least)
     whole = jaxllm.load(folders[kind], mesh, replicate=True)
     model = jaxllm.load(folders[kind], mesh, resident_experts=resident, usage=usage)
     for found, expected in zip(run(model, batch), run(whole, batch), strict=True):
@@ -87,9 +91,9 @@ def nbytes(tree, device: jax.Device, kind: str) -> int:
 def test_the_residents_are_those_used_most(folders, usage, mesh, parts):
     """Of each part; every expert is once where its place says, with the bytes of the file."""
     stack = jaxllm.load(folders["mxfp4"], mesh, resident_experts=2, usage=usage).transformer.layers[0].moe.up_EDI[...]
-    assert isinstance(stack, Offloaded) and stack.shape == (E, 160, 96)
-    place, e = np.asarray(stack.place_E), E // parts
-    assert np.flatnonzero(place < 2).tolist() == ([2, 5] if parts == 1 else [2, 3, 5, 7])
+    assert isinstance(stack, Offloaded) and stack.shape == (2 * E, 160, 96)
+    place, e = np.asarray(stack.place_E), 2 * E // parts
+    assert np.flatnonzero(place < 2).tolist() == ([2, 5] if parts == 1 else [2, 5, 11, 14])
     source, resident, host = open_source(folders["mxfp4"]), stack.resident, stack.host
     for part in ("codes", "scale"):
         whole = source.read("layers.0.moe.up_EDI." + part, (slice(None),) * 3)
@@ -165,7 +169,7 @@ def test_refused(folders, usage, tmp_path, monkeypatch):
     dense = small_config(num_hidden_layers=1, hybrid_layer_pattern=[0], moe_layer_freq=[0])
     write_release(dense, tmp_path, kind="fp8")
     for arguments, message in [
-            ((folder, "expert=4", 3), "resident_experts = 3: a device has 2 experts of each layer"),
+            ((folder, "expert=4", 5), "resident_experts = 5: a device has 4 experts of each layer"),
             ((folder, None, -1), "resident_experts = -1"), ((tmp_path, None, 1), "this model has no experts")]:
         with pytest.raises(ValueError, match=message):
             jaxllm.load(arguments[0], arguments[1], resident_experts=arguments[2])
