@@ -100,7 +100,7 @@ class TrainPlan:
         axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         days = f"{self.days['bounded']:10.1f} days" if self.days else ""
         return (f"{self.on.name:14}{self.on.num_chips:5}  {axes:28}{show(self.peak):>9} of "
-                f"{show(self.on.chip.usable_hbm.value):9}{self.step_seconds:9.2f} s"
+                f"{show(self.on.chip.usable_hbm.value):9}{1000 * self.step_seconds:10.2f} ms"
                 f"{self.work.num_tokens / self.step_seconds:14,.0f} tokens/s  at {self.utilisation:.0%}{days}")
 
     def describe(self) -> str:

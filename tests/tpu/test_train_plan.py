@@ -110,6 +110,12 @@ def test_the_command(capsys, tmp_path):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_too_large(capsys):
+    assert main(["plan", str(CONFIGS / "mimo-nano"), "--on", "v6e:2x2", "--step", "train", "--batch", "65536"]) == 2
+    assert "does not fit v6e:2x2: a device would hold" in (error := capsys.readouterr().err)
+    assert "the smallest that fits is v6e:" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--step", "train", "--tokens", "-5"], "tokens = -5: expected a positive whole number"),
     (["--step", "train", "--tokens", "many"], "argument --tokens: invalid whole value: 'many'"),
@@ -118,7 +124,6 @@ def test_the_command(capsys, tmp_path):
     (["--step", "train", "--batch", "0"], "batch = 0: expected a positive whole number"),
     (["--lora", "16"], "--lora is for --step train, not decode"),
     (["--step", "train", "--batch", "3", "--mesh", "data=2,expert=2"], "batch = 3 cannot be split over mesh axis data"),
-    (["--step", "train", "--batch", "4", "--mesh", "expert=4"], "does not fit v6e:2x2: a device would hold"),
 ])
 def test_refused(capsys, arguments, message):
     assert main(["plan", FLASH, "--on", "v6e:2x2", *arguments]) == 2
