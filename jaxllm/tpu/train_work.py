@@ -111,7 +111,7 @@ def layer_bytes(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> int:
     attention = rows_apart * part.heads * (size + FLOAT32) + 2 * FLOAT32 * part.stream
     D, I = config.hidden_size, (config.moe_intermediate_size or 0) // mesh.shape["tensor"]
     if layer.is_moe:
-        # The rows' x and their gradients, coming in and going out. A loop keeps all of these; then packed weights have x
+        # The rows' x and their gradients, coming in and going out. A loop keeps them all; packed weights then have x
         # by even and odd columns too, and adapters a gradient of x of their own.
         of_adapters, in_loop = size + FLOAT32 if trained.work.rank else 0, rows < part.chosen
         of_D = 2 * size + 2 * FLOAT32 + in_loop * (FLOAT32 + of_adapters)
