@@ -91,7 +91,8 @@ def test_commands(checkout, capsys):
             assert printed.strip()
         if block.prints is not None:
             assert lines(printed) == lines(block.prints)
-    assert set(verbs) == {"convert", "verify", "export", "generate", "eval", "info", "train", "tokenizer", "plan"}
+    assert set(verbs) == {"convert", "verify", "export", "generate", "eval", "usage", "info", "train", "tokenizer",
+                          "plan"}
 
 
 def test_commands_that_are_for_other_machines():
