@@ -11,7 +11,7 @@ Attention has no experts, and a router neither heads nor experts of its own: alo
 split by D, and the partial products are added. What attention computes, and its cache, is split by rows along `expert`
 too, where their number divides. Where it does not, a full layer's cache is split there by slots: each place attends to
 its part of the context (context parallelism). Between the products a token's row is on one device, where that divides
-(`stream`), and an expert is whole on one, where the number of experts divides by that of devices (`expert_dims`).
+(`stream`), and so is an expert on a mesh with an axis `expert`, where experts divide (`expert_dims`).
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -74,8 +74,11 @@ def stream(batch: int, tokens: int, token_bytes: int, mesh: Mesh | AbstractMesh)
 
 
 def expert_dims(num: int, mesh: Mesh | AbstractMesh) -> tuple[str, str | None]:
-    """The logical names of the dims E and I of so many experts: each is whole on one of all devices, if they divide."""
-    return ("whole_experts", None) if num % degree(mesh, "whole_experts") == 0 else ("experts", "moe_mlp")
+    """The logical names of the dims E and I of so many experts: on a mesh with an axis `expert` each is whole on one of
+    all devices, if they divide. With `tensor` alone all devices have a part of each, and as much to read whatever few
+    tokens choose."""
+    is_whole = mesh.shape["expert"] > 1 and num % degree(mesh, "whole_experts") == 0
+    return ("whole_experts", None) if is_whole else ("experts", "moe_mlp")
 
 
 def along(spec: PartitionSpec, *axes: str) -> PartitionSpec:

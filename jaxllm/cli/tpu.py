@@ -57,7 +57,7 @@ def run_plan(args: argparse.Namespace) -> None:
     elif args.on == "all":
         found = planner(work).smallest(held, work)
         if not found:
-            raise ValueError(f"{args.model}: no slice of the table holds it with {args.batch} rows of {args.context}")
+            raise ValueError(f"{args.model}: no slice of the table holds it with {work.batch} rows of {work.context}")
         print("\n".join(x.row() for x in found))
     else:
         on = slice_of(args.on)
