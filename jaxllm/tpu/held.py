@@ -90,9 +90,11 @@ class Held:
                    * (layer.head_dim + layer.v_head_dim) * self.dtype.itemsize for layer, count in self.count.items())
 
 
-def unused_bytes(config: Config, experts: int, table: int, num_tokens: int) -> int:
-    """Of a device's experts and embedding, what a step of so many tokens does not read: no more experts are needed than
-    their routed rows can choose, and no more of a table, unless it is the head too, than their rows of it."""
-    rows = num_tokens * (config.num_experts_per_tok or 0)
-    left = experts * max(0.0, 1 - rows / (config.n_routed_experts or 1))
-    return int(left + (0 if config.tie_word_embeddings else table * max(0.0, 1 - num_tokens / config.vocab_size)))
+def unread_experts(config: Config, num_tokens: int) -> float:
+    """The share of experts that no token chooses, on average if all choices are equally likely."""
+    return (1 - (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)) ** num_tokens
+
+
+def unread_rows(config: Config, num_tokens: int) -> float:
+    """The share of the embedding's rows that no token is, at least; none where the embedding is the head too."""
+    return 0.0 if config.tie_word_embeddings else max(0.0, 1 - num_tokens / config.vocab_size)

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 from jaxllm.config import Config
 from jaxllm.offloaded import choose
 from jaxllm.tpu.chips import Slice
-from jaxllm.tpu.held import Held, unused_bytes
+from jaxllm.tpu.held import Held, unread_experts
 from jaxllm.tpu.plan import RESERVE, Plan, meshes, plan
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
@@ -128,11 +128,12 @@ def offload_plan(held: Held, on: Slice, mesh: AbstractMesh, work: Work, resident
     """With so many experts of each layer on a device, and all others of its in host memory."""
     base, stacks, data = plan(held, on, mesh, work), held.experts(mesh), mesh.shape["data"]
     needed, fetched = expected(held.config, stacks.parts, resident, work.num_tokens // data, data, usage)
-    others = base.needed - base.held["experts"] + unused_bytes(held.config, base.held["experts"], 0, work.num_tokens)
+    read = base.held["experts"] * (1 - unread_experts(held.config, work.num_tokens))
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Plan)} | {
         "held": base.held | {"experts": resident * stacks.layers * stacks.expert
                              + (stacks.moving if resident < stacks.each else 0)},
-        "needed": others + int((needed + fetched) * stacks.expert),       # what is fetched is written, and read
+        # what is fetched is written, and read
+        "needed": base.needed + int((needed + fetched) * stacks.expert - read),
         "sent": base.sent - (data - 1) * base.held["experts"]}            # they lie whole along data
     return OffloadPlan(**fields, resident=resident, experts=stacks.each, expert=stacks.expert,
                        host=(stacks.each - resident) * stacks.layers * stacks.expert, fetched=fetched,

@@ -1,8 +1,9 @@
 """Whether a model fits a slice, how it is best split there, and how fast it could be at the rates of the data sheet.
 
 A step cannot be faster than the slowest of what it needs of a device: to read the weights that it uses and the cache
-once, to multiply, and to send what the mesh makes it send. These are bounds, at 100% of published rates; no program
-reaches them. Bytes held are exact (held.py); those sent are counted as compiled programs send them (sent.py).
+once, to multiply, and to send what the mesh makes it send. These are bounds, at 100% of published rates and for experts
+that are chosen alike; no program reaches them. Bytes held are exact (held.py); those sent are counted as compiled
+programs send them (sent.py).
 """
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from jaxllm.axes import MESH_AXES, make_abstract_mesh
 from jaxllm.config import Config
 from jaxllm.model import check_mesh
 from jaxllm.tpu.chips import Slice, all_slices
-from jaxllm.tpu.held import Held, unused_bytes
+from jaxllm.tpu.held import Held, unread_experts, unread_rows
 from jaxllm.tpu.rates import rates_of
 from jaxllm.tpu.sent import sent_bytes
 from jaxllm.tpu.steps import Work
@@ -113,8 +114,8 @@ def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> Plan:
     config, weights = held.config, held.weights(mesh)
     cache = held.cache(mesh, work)
     table = config.vocab_size * config.hidden_size * held.dtype.itemsize // on.num_devices
-    unused = unused_bytes(config, weights["experts"], table, work.num_tokens)
-    needed = sum(weights.values()) - unused + cache
+    unused = weights["experts"] * unread_experts(config, work.num_tokens) + table * unread_rows(config, work.num_tokens)
+    needed = sum(weights.values()) - int(unused) + cache
     return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache}, needed, sent_bytes(held, mesh, work),
                 flops(held, work) / on.num_devices)
 

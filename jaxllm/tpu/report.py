@@ -11,7 +11,7 @@ from jaxllm.dispatch import expected_places
 from jaxllm.info import KINDS, kind_of
 from jaxllm.offloaded import on_device
 from jaxllm.tpu.chips import Slice
-from jaxllm.tpu.held import unused_bytes
+from jaxllm.tpu.held import unread_rows
 from jaxllm.tpu.hlo import parse
 from jaxllm.tpu.program import Program
 from jaxllm.tpu.rates import rates_of
@@ -122,5 +122,7 @@ def least_bytes(program: Program | TrainProgram) -> dict[str, int]:
         return program.least
     weights = {path: device_bytes(leaf) for path, leaf in program.weights.items()}
     experts = sum(nbytes for path, nbytes in weights.items() if kind_of(path) == "experts")
-    unused = unused_bytes(program.config, experts, weights["embed_WD"], program.work.num_tokens)
-    return {"weights": sum(weights.values()) - unused, "cache": device_bytes(program.cache)}
+    config, tokens = program.config, program.work.num_tokens
+    chosen = min(1.0, tokens * (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1))      # at most
+    unused = experts * (1 - chosen) + weights["embed_WD"] * unread_rows(config, tokens)
+    return {"weights": sum(weights.values()) - int(unused), "cache": device_bytes(program.cache)}
