@@ -249,7 +249,7 @@ def test_dims_that_cannot_be_split(changes, mesh, message, tmp_path):
     ({"moe_layer_freq": [1, 1, 1], "intermediate_size": 60}, "tensor=8"),       # no dense layer has that dim
     ({"moe_layer_freq": [0, 0, 0], "n_routed_experts": 12, "moe_intermediate_size": 12}, "expert=2,tensor=4"),
     ({"vocab_size": 252, "intermediate_size": 60, "n_routed_experts": 12}, "data=8"),
-    ({"moe_intermediate_size": 12}, "tensor=8"),        # whole experts, two on each device
+    ({"moe_intermediate_size": 12}, "expert=2,tensor=4"),       # whole experts, two on each device
 ])
 def test_dims_that_can_be_split(changes, mesh):
     check_mesh(jaxllm.Config.from_dict(TINY | changes), jaxllm.make_abstract_mesh(mesh))

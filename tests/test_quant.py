@@ -1,5 +1,6 @@
 """Packed weights on the device: the numbers of the host's reading, on any mesh, never all at once."""
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxllm.axes import make_mesh
 from jaxllm.codec import DTYPES, unpack
 from jaxllm.experts import experts_by_block, gradients_by_block
 from jaxllm.linear import einsum, matmul, matmul_in_parts
-from jaxllm.moe import local_experts
+from jaxllm.moe import PLACES, apply_on_device
 from jaxllm.quant import Adapted, Packed, decode, take
 
 SHAPES = [((64, 6), (2, 6), 0), ((12, 4, 24), (3, 4, 8), 0), ((2, 64, 8), (2, 2, 8), 1), ((4, 16, 6), (2, 1, 6), 1)]
@@ -149,6 +150,7 @@ def test_a_gpu_decodes_one_expert_at_a_time_too(kind):
     down = packed(kind, (E, I, D), (E, 1, D), 1)[0]
     x, chosen, weight = jnp.ones((1, M, D)), jnp.zeros((1, M, A), jnp.int32), jnp.ones((1, M, A))
     with jax.set_mesh(mesh):
-        mapped = jax.jit(lambda *args: jax.shard_map(local_experts, in_specs=P(), out_specs=P("data"))(*args))
+        mapped = jax.jit(lambda *args: jax.shard_map(partial(apply_on_device, P(), PLACES), in_specs=P(),
+                                                      out_specs=P("data"))(*args))
         text = mapped.trace(x, chosen, weight, gate, up, down).lower(lowering_platforms=("cuda",)).as_text()
     assert "ragged_dot" not in text and not re.search(rf"tensor<{E}x({D}x{I}|{I}x{D})xf32>", text)

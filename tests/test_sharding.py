@@ -54,10 +54,13 @@ PARAMETERS = {
     "layers.1.mlp_norm.scale_D": (P(None), "--", (64,), (64,), (64,), (64,)),
     "layers.1.moe.router_DE": (P(PLACES, None), "ED", (16, 12), (8, 24), (8, 24), (8, 24)),
     "layers.1.moe.bias_E": (P(None), "--", (24,), (24,), (24,), (24,)),
-    "layers.1.moe.gate_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (3, 64, 40), (24, 8, 40)),
-    "layers.1.moe.up_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (3, 64, 40), (24, 8, 40)),
-    "layers.1.moe.down_EID": (P(PLACES, None, None), "DD", (6, 40, 32), (3, 40, 64), (3, 40, 64), (24, 40, 8)),
+    "layers.1.moe.gate_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (24, 64, 5), (24, 8, 40)),
+    "layers.1.moe.up_EDI": (P(PLACES, None, None), "DD", (6, 32, 40), (3, 64, 40), (24, 64, 5), (24, 8, 40)),
+    "layers.1.moe.down_EID": (P(PLACES, None, None), "DD", (6, 40, 32), (3, 40, 64), (24, 5, 64), (24, 40, 8)),
 }
+# Experts are whole on a mesh with an axis `expert`, and cut where there is none.
+CUT = {"layers.1.moe.gate_EDI": P("expert", None, "tensor"), "layers.1.moe.up_EDI": P("expert", None, "tensor"),
+       "layers.1.moe.down_EID": P("expert", "tensor", None)}
 KV = P(("data", "expert"), "tensor", None, None)      # rows: no device holds what another one has
 CACHE = {
     "layers.0.k_BKHS": (KV, (4, 1, 24, 32), (2, 2, 24, 32), (16, 1, 24, 32), (2, 2, 24, 32)),
@@ -92,6 +95,12 @@ def check_places(arrays, table, mesh):
             assert {shard.data.shape for shard in shards} == {table[name][1 + column]}, name
 
 
+def as_computed(mesh):
+    """PARAMETERS with the PartitionSpecs in which the mesh computes with them."""
+    cut = CUT if mesh.shape["expert"] == 1 else {}
+    return {name: (cut.get(name, spec), *rest) for name, (spec, *rest) in PARAMETERS.items()}
+
+
 def as_held(mesh):
     """PARAMETERS with the PartitionSpecs in which the mesh holds them."""
     def spec(name, computed, dims):
@@ -100,7 +109,7 @@ def as_held(mesh):
         if dim >= 0 and mesh.shape["data"] > 1:
             axes[dim] += ("data",)
         return P(*(axis[0] if len(axis) == 1 else axis or None for axis in axes))
-    return {name: (spec(name, computed, dims), *shapes) for name, (computed, dims, *shapes) in PARAMETERS.items()}
+    return {name: (spec(name, computed, dims), *shapes) for name, (computed, dims, *shapes) in as_computed(mesh).items()}
 
 
 def test_replicated_parameters(hub):
@@ -140,7 +149,8 @@ def test_abstract_parameters(mesh):
     """What is planned without devices is what is loaded onto them."""
     mesh = jaxllm.make_abstract_mesh(mesh)
     arrays = parameters(abstract_model(jaxllm.Config.from_dict(TINY), mesh, jnp.dtype("bfloat16")))
-    assert {name: x.sharding.spec for name, x in arrays.items()} == {name: row[0] for name, row in PARAMETERS.items()}
+    assert {name: x.sharding.spec for name, x in arrays.items()} == {
+        name: row[0] for name, row in as_computed(mesh).items()}
     check_places({name: as_stored(name, stored(x), {}) for name, x in arrays.items()}, as_held(mesh), mesh)
     always_float32 = {"layers.1.moe.router_DE", "layers.1.moe.bias_E", "layers.1.attention.sink_N"}
     assert {name for name, array in arrays.items() if array.dtype != jnp.bfloat16} == always_float32

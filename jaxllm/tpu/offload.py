@@ -20,11 +20,12 @@ from jaxllm.config import Config
 from jaxllm.offloaded import choose
 from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import Held, unread_experts
-from jaxllm.tpu.plan import RESERVE, Plan, meshes, plan
+from jaxllm.tpu.plan import PROGRAM, RESERVE, Plan, meshes, plan
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
 from jaxllm.usage import Usage
 
+HOST_RESERVE = 0.1      # of what experts take of host memory, for all else there
 SIZES = {"GB": 10**9, "TB": 10**12, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -105,7 +106,7 @@ def offload_plans(held: Held, on: Slice, work: Work, host: int, mesh: AbstractMe
         raise ValueError(f"{held.name} with {work.batch} rows of {work.context} does not fit {on.name} with all "
                          f"experts in host memory: a device would hold {show(best.peak)} of {show(usable)}, "
                          f"{show(best.peak - usable)} too much")
-    room = host / (1 + RESERVE)
+    room = host / (1 + HOST_RESERVE)
     if not (possible := [x for x in fitting if x.host * on.num_devices <= room]):
         least = min(x.host for x in fitting) * on.num_devices
         raise ValueError(f"{held.name} on {on.name}: experts that do not fit the devices need {show(least)} of host "
@@ -117,7 +118,7 @@ def offload_plans(held: Held, on: Slice, work: Work, host: int, mesh: AbstractMe
 def most_resident(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> int:
     """How many experts of each layer fit a device beside all else."""
     stacks, base = held.experts(mesh), plan(held, on, mesh, work)
-    room = on.chip.usable_hbm.value / (1 + RESERVE) - sum(base.held.values()) + base.held["experts"]
+    room = (on.chip.usable_hbm.value - PROGRAM) / (1 + RESERVE) - sum(base.held.values()) + base.held["experts"]
     if room >= stacks.each * stacks.layers * stacks.expert:
         return stacks.each
     return max(0, math.floor((room - stacks.moving) / (stacks.layers * stacks.expert)))

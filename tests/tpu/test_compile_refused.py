@@ -24,8 +24,8 @@ CONFIG = str(Path(__file__).parent.parent.parent / "configs" / "MiMo-V2.6-Pro")
     (["--on", "v6e:8x8", "--tokens", "0", "--step", "verify"], "tokens = 0: expected a positive whole number"),
     (["--on", "v6e:8x8", "--context", "2000000"], "context = 2000000 is more than the model's 1048576"),
     (["--on", "v6e:8x8", "--resident-experts", "4"], "--resident-experts goes with --mesh"),
-    (["--on", "v6e:8x8", "--mesh", "expert=8,tensor=8", "--resident-experts", "49"],
-     "resident_experts = 49: a device has 48 experts of each layer (of 384, in 8 parts over the mesh)"),
+    (["--on", "v6e:8x8", "--mesh", "expert=8,tensor=8", "--resident-experts", "7"],
+     "resident_experts = 7: a device has 6 experts of each layer (of 384, in 64 parts over the mesh)"),
     (["--on", "v6e:8x8", "--mesh", "data=64", "--batch", "8"], "batch = 8 cannot be split over mesh axis data = 64"),
 ])
 def test_refused(libtpu, capsys, arguments, message):

@@ -58,7 +58,7 @@ def test_as_many_stay_as_fit(pro, batch):
     stacks = 531_351_207_936      # bytes of all experts, as `jaxllm info` states them
     assert best.mesh == {"data": 1, "expert": 1, "tensor": 8} and best.experts == 384
     assert best.expert * 8 * 384 * 69 == stacks == best.host * 8 + best.resident * best.expert * 8 * 69
-    assert best.peak <= best.on.chip.usable_hbm.value < best.peak + 1.1 * 69 * best.expert      # one more would not
+    assert best.peak <= best.on.chip.usable_hbm.value < best.peak + 1.05 * 69 * best.expert      # one more would not
     assert best.limit == "host bus" and best.seconds["host bus"] == best.over_bus / 63e9
     assert best.over_bus == int(best.fetched * best.expert) + best.sent      # cards without links send over it too
     assert best.tokens_s == pytest.approx(batch * 63e9 / best.over_bus)
@@ -91,10 +91,10 @@ def test_the_command(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["gpu:8x24GB", "--host", "300GB"], "need 486 GB of host memory, and 300 GB less a tenth for all else are 273 GB: "
-                                        "213 GB too little"),
-    (["gpu:2x24GB", "--host", "1TB"], "with all experts in host memory: a device would hold 77.2 GB of 25.8 GB, "
-                                      "51.5 GB too much"),
+    (["gpu:8x24GB", "--host", "300GB"], "need 476 GB of host memory, and 300 GB less a tenth for all else are 273 GB: "
+                                        "203 GB too little"),
+    (["gpu:2x24GB", "--host", "1TB"], "with all experts in host memory: a device would hold 73.8 GB of 25.8 GB, "
+                                      "48 GB too much"),
     (["tpu7x:2x2x1", "--host", "1TB"], "the rate between host and tpu7x is not known (no public page found)"),
     (["gpu:8x24GB", "--host", "1"], "--host 1: expected a size as in 1TB or 512GB"),
     (["all", "--host", "1TB"], "name the slice with --on"),
