@@ -109,7 +109,8 @@ def as_held(mesh):
         if dim >= 0 and mesh.shape["data"] > 1:
             axes[dim] += ("data",)
         return P(*(axis[0] if len(axis) == 1 else axis or None for axis in axes))
-    return {name: (spec(name, computed, dims), *shapes) for name, (computed, dims, *shapes) in as_computed(mesh).items()}
+    return {name: (spec(name, computed, dims), *shapes)
+            for name, (computed, dims, *shapes) in as_computed(mesh).items()}
 
 
 def test_replicated_parameters(hub):
