@@ -14,7 +14,7 @@ from jaxllm.config import Config
 from jaxllm.model import check_mesh
 from jaxllm.tpu import plan as step_planner
 from jaxllm.tpu import train_plan as train_planner
-from jaxllm.tpu.chips import Slice, slice_of
+from jaxllm.tpu.chips import Slice, all_slices, slice_of
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.offload import offload_plans, parse_size
 from jaxllm.tpu.plan import Plan
@@ -55,7 +55,7 @@ def run_plan(args: argparse.Namespace) -> None:
         found = with_host(args, held, work)
         tell(found)
     elif args.on == "all":
-        found = planner(work).smallest(held, work)
+        found = planner(work).smallest(held, work, all_slices())
         if not found:
             raise ValueError(f"{args.model}: no slice of the table holds it with {work.batch} rows of {work.context}")
         print("\n".join(x.row() for x in found))
@@ -109,11 +109,11 @@ def on_slice(held: Held, on: Slice, mesh: str | None, work: Work | Training) -> 
     if fitting := [x for x in found if x.fits]:
         return fitting
     best, usable = found[0], on.chip.usable_hbm.value
-    larger = planner(work).smallest(held, work)
-    same = [x for x in larger if x.on.chip == on.chip] or larger
+    search, slices = planner(work).smallest, all_slices()
+    fits = search(held, work, [x for x in slices if x.chip == on.chip]) or search(held, work, slices)
     raise ValueError(f"{held.name} with {work.batch} rows of {work.context} does not fit {on.name}: a device would "
                      f"hold {show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
-                     + (f"the smallest that fits is {same[0].on.name}" if same else "no slice of the table holds it"))
+                     + (f"the smallest that fits is {fits[0].on.name}" if fits else "no slice of the table holds it"))
 
 
 def mesh_on(held: Held, on: Slice, mesh: str, work: Work | Training) -> AbstractMesh:

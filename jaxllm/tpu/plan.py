@@ -6,7 +6,7 @@ that are chosen alike; no program reaches them. Bytes held are exact (held.py); 
 programs send them (sent.py).
 """
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from jax.sharding import AbstractMesh
@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from jaxllm.axes import MESH_AXES, make_abstract_mesh
 from jaxllm.config import Config
 from jaxllm.model import check_mesh
-from jaxllm.tpu.chips import Slice, all_slices
+from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import Held, unread_experts, unread_rows
 from jaxllm.tpu.rates import rates_of
 from jaxllm.tpu.sent import sent_bytes
@@ -129,7 +129,7 @@ def flops(held: Held, work: Work) -> float:
     return 2.0 * work.num_tokens * (held.config.count_parameters().active + seen)
 
 
-def smallest(held: Held, work: Work) -> list[Plan]:
-    """The best plan of every slice that the step fits, those of fewest chips first, of these the fastest."""
-    best = [found[0] for on in all_slices() if (found := plans(held, on, work))]
+def smallest(held: Held, work: Work, slices: Iterable[Slice]) -> list[Plan]:
+    """The best plan of each of these that the step fits, those of fewest chips first, of these the fastest."""
+    best = [found[0] for on in slices if (found := plans(held, on, work))]
     return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))

@@ -6,11 +6,12 @@ the chips' rate; and those of the step's own bounds (plan.py), where these are s
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from jaxllm.tpu.chips import Slice, all_slices, gpu_slice
+from jaxllm.tpu.chips import Slice, gpu_slice
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.plan import meshes
 from jaxllm.tpu.rates import is_near, near_rate, rates_of
@@ -150,7 +151,7 @@ def trained_of(held: Held, work: Training) -> Trained:
     return Trained(held, work)
 
 
-def smallest(held: Held, work: Training) -> list[TrainPlan]:
-    """The best plan of every slice that the step fits, those of fewest chips first, of these the fastest."""
-    best = [found[0] for on in all_slices() if (found := plans(held, on, work))]
+def smallest(held: Held, work: Training, slices: Iterable[Slice]) -> list[TrainPlan]:
+    """The best plan of each of these that the step fits, those of fewest chips first, of these the fastest."""
+    best = [found[0] for on in slices if (found := plans(held, on, work))]
     return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))
