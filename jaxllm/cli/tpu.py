@@ -2,6 +2,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxllm.tpu import train_plan as train_planner
 from jaxllm.tpu.chips import Slice, all_slices, slice_of
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.offload import offload_plans, parse_size
-from jaxllm.tpu.plan import Plan
+from jaxllm.tpu.plan import Plan, smallest
 from jaxllm.tpu.program import compile_step, devices_of, params_of
 from jaxllm.tpu.report import Report, report_of
 from jaxllm.tpu.steps import STEPS, TRAIN, TRAIN_CONTEXT, Training, Work, training_of, work_of
@@ -55,7 +56,7 @@ def run_plan(args: argparse.Namespace) -> None:
         found = with_host(args, held, work)
         tell(found)
     elif args.on == "all":
-        found = planner(work).smallest(held, work, all_slices())
+        found = smallest(partial(plans_on, held, work), all_slices())
         if not found:
             raise ValueError(f"{args.model}: no slice of the table holds it with {work.batch} rows of {work.context}")
         print("\n".join(x.row() for x in found))
@@ -87,30 +88,36 @@ def with_host(args: argparse.Namespace, held: Held, work: Work | Training) -> Se
 
 def asked(args: argparse.Namespace, config: Config) -> Work | Training:
     """The step that the arguments name. ValueError for those that belong to another."""
+    usual = TRAIN_CONTEXT if args.step == TRAIN else CONTEXT
+    context = usual if args.context is None else args.context
     if args.step == TRAIN:
-        return training_of(config, args.batch, args.context or TRAIN_CONTEXT, args.lora, args.tokens)
+        return training_of(config, args.batch, context, args.lora, args.tokens)
     if args.lora is not None:
         raise ValueError(f"--lora is for --step {TRAIN}, not {args.step}")
-    return work_of(config, args.step, args.batch, CONTEXT if args.context is None else args.context, args.tokens)
+    return work_of(config, args.step, args.batch, context, args.tokens)
 
 
 def planner(work: Work | Training) -> Any:
-    """Whose `plan`, `plans` and `smallest` are for such work."""
+    """Whose `plan` and `plans` are for such work."""
     return train_planner if isinstance(work, Training) else step_planner
+
+
+def plans_on(held: Held, work: Work | Training, on: Slice) -> list[Any]:
+    return planner(work).plans(held, on, work)
 
 
 def on_slice(held: Held, on: Slice, mesh: str | None, work: Work | Training) -> list[Any]:
     """Plans that fit, the best first. ValueError says by how much it does not, and what is the smallest that does."""
     found = ([planner(work).plan(held, on, mesh_on(held, on, mesh, work), work)] if mesh
-             else planner(work).plans(held, on, work))
+             else plans_on(held, work, on))
     if not found:
         raise ValueError(f"{held.name}: no mesh over the {on.num_devices} devices of {on.name} splits the model and "
                          f"{work.batch} rows evenly")
     if fitting := [x for x in found if x.fits]:
         return fitting
     best, usable = found[0], on.chip.usable_hbm.value
-    search, slices = planner(work).smallest, all_slices()
-    fits = search(held, work, [x for x in slices if x.chip == on.chip]) or search(held, work, slices)
+    search, slices = partial(smallest, partial(plans_on, held, work)), all_slices()
+    fits = search([x for x in slices if x.chip == on.chip]) or search(slices)
     raise ValueError(f"{held.name} with {work.batch} rows of {work.context} does not fit {on.name}: a device would "
                      f"hold {show(best.peak)} of {show(usable)}, {show(best.peak - usable)} too much; "
                      + (f"the smallest that fits is {fits[0].on.name}" if fits else "no slice of the table holds it"))
@@ -173,7 +180,7 @@ def add_step(verb: argparse.ArgumentParser, on: str) -> None:
 def whole(text: str) -> int:
     """A whole number, also as 15e12."""
     value = float(text)
-    if value != int(value):
+    if not value.is_integer():
         raise ValueError(text)
     return int(value)
 

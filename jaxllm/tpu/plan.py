@@ -6,7 +6,7 @@ that are chosen alike; no program reaches them. Bytes held are exact (held.py); 
 programs send them (sent.py).
 """
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from jax.sharding import AbstractMesh
@@ -129,7 +129,7 @@ def flops(held: Held, work: Work) -> float:
     return 2.0 * work.num_tokens * (held.config.count_parameters().active + seen)
 
 
-def smallest(held: Held, work: Work, slices: Iterable[Slice]) -> list[Plan]:
-    """The best plan of each of these that the step fits, those of fewest chips first, of these the fastest."""
-    best = [found[0] for on in slices if (found := plans(held, on, work))]
+def smallest(plans_on: Callable[[Slice], Sequence[Any]], slices: Iterable[Slice]) -> list[Any]:
+    """Of any step the best plan of each of these slices that it fits, fewest chips first, of these the fastest."""
+    best = [found[0] for on in slices if (found := plans_on(on))]
     return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))

@@ -6,7 +6,6 @@ the chips' rate; and those of the step's own bounds (plan.py), where these are s
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -91,9 +90,9 @@ class TrainPlan:
         return {"asked": steps * self.model_seconds / UTILISATION / DAY, "bounded": steps * self.step_seconds / DAY}
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "work"}
         return fields | dataclasses.asdict(self.work) | {
-            "work": None, "on": self.on.name, "peak": self.peak, "usable": self.on.chip.usable_hbm.value,
+            "on": self.on.name, "peak": self.peak, "usable": self.on.chip.usable_hbm.value,
             "fits": self.fits, "model_flops_of_a_token": self.model_flops, "seconds": self.seconds,
             "step_seconds": self.step_seconds, "utilisation": self.utilisation, "days": self.days}
 
@@ -149,9 +148,3 @@ def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Training) -> TrainPlan
 @functools.cache
 def trained_of(held: Held, work: Training) -> Trained:
     return Trained(held, work)
-
-
-def smallest(held: Held, work: Training, slices: Iterable[Slice]) -> list[TrainPlan]:
-    """The best plan of each of these that the step fits, those of fewest chips first, of these the fastest."""
-    best = [found[0] for on in slices if (found := plans(held, on, work))]
-    return sorted((x for x in best if x.fits), key=lambda x: (x.on.num_chips, x.step_seconds))

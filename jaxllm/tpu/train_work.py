@@ -9,10 +9,11 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from jaxllm.axes import degree, splits_rows
+from jaxllm.axes import degree, expert_dims, splits_rows
 from jaxllm.config import LayerSpec
 from jaxllm.experts_in_turns import TURN_BACK
 from jaxllm.model import stored_layer
+from jaxllm.tpu.sent import gather, reduce
 from jaxllm.tpu.train_held import ADAPTERS, Part, Trained
 from jaxllm.train.cross_entropy import PLACES
 
@@ -109,8 +110,10 @@ def layer_bytes(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> int:
         weights += sum(x.used for x in parts if x.trained and x.kind in ("experts", ADAPTERS)) * FLOAT32 // size
     rows_apart = mesh.shape["expert"] if splits_rows(trained.work.batch, mesh) else 1
     attention = rows_apart * part.heads * (size + FLOAT32) + 2 * FLOAT32 * part.stream
-    D, I = config.hidden_size, (config.moe_intermediate_size or 0) // mesh.shape["tensor"]
     if layer.is_moe:
+        assert config.n_routed_experts is not None and config.moe_intermediate_size is not None
+        _, hidden = expert_dims(config.n_routed_experts, mesh)
+        D, I = config.hidden_size, config.moe_intermediate_size // degree(mesh, hidden)
         # The rows' x and their gradients, coming in and going out. A loop keeps them all; packed weights then have x
         # by even and odd columns too, and adapters a gradient of x of their own.
         of_adapters, in_loop = size + FLOAT32 if trained.work.rank else 0, rows < part.chosen
@@ -144,12 +147,6 @@ def moved_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:
     return {"weights": 3 * used + 2 * state, "activations": 2 * (FLOAT32 * numbers + kept_bytes(trained, mesh))}
 
 
-def ring(num: int, nbytes: float) -> float:
-    """That a device sends to gather `nbytes` from `num` devices, or to scatter their sum; to have the sum everywhere
-    it is twice as much."""
-    return nbytes * (num - 1) / num
-
-
 def sent_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:
     """Bytes that a device sends in a step, as rings do it: over `data`, and over `expert` and `tensor` together."""
     data = sum(trained.times(layer) * part_sent(part, mesh.shape["data"], 1 if layer is None else 2)
@@ -157,14 +154,14 @@ def sent_bytes(trained: Trained, mesh: AbstractMesh) -> dict[str, int]:
     size, D = trained.held.dtype.itemsize, trained.held.config.hidden_size
     both = mesh.shape["expert"] * mesh.shape["tensor"]
     M = trained.work.num_tokens // mesh.shape["data"]
-    ends = 2 * ring(both, M * (2 * D * size + 2 * FLOAT32))      # of embedding, and of the head with its softmax
+    ends = reduce(both, M * (2 * D * size + 2 * FLOAT32))      # of embedding, and of the head with its softmax
     layers = sum(times * layer_sent(trained, mesh, layer) for layer, times in trained.held.count.items())
     return {"data": math.ceil(data), "model": math.ceil(ends + layers)}
 
 
 def part_sent(part: Part, data: int, passes: int) -> float:
     """A parameter is gathered in each pass, and its gradient scattered."""
-    return ring(data, part.used * passes + part.summed) if part.is_gathered else 2 * ring(data, part.summed)
+    return gather(data, part.used * passes + part.summed) if part.is_gathered else reduce(data, part.summed)
 
 
 def layer_sent(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> float:
@@ -174,13 +171,13 @@ def layer_sent(trained: Trained, mesh: AbstractMesh, layer: LayerSpec) -> float:
     expert, tensor, both = mesh.shape["expert"], mesh.shape["tensor"], mesh.shape["expert"] * mesh.shape["tensor"]
     stream = size * part.stream
     if splits_rows(trained.work.batch, mesh):      # rows of attention go where they are worked on, and come back
-        moved = ring(expert, expert * part.heads * FLOAT32) + ring(expert, expert * part.values * size)
-        back = ring(expert, expert * part.heads * size) + ring(expert, expert * part.values * FLOAT32)
+        moved = gather(expert, expert * part.heads * FLOAT32) + gather(expert, expert * part.values * size)
+        back = gather(expert, expert * part.heads * size) + gather(expert, expert * part.values * FLOAT32)
     else:
-        moved, back = 2 * ring(expert, size * part.heads), 2 * ring(expert, size * part.values)
-    attention = moved + 2 * ring(tensor, stream / expert) + ring(expert, stream)
-    router, experts = 2 * ring(both, FLOAT32 * part.scores), 2 * ring(both, stream)
-    gradients = back + 2 * ring(tensor, stream / expert) + ring(expert, stream) + experts
+        moved, back = reduce(expert, size * part.heads), reduce(expert, size * part.values)
+    attention = moved + reduce(tensor, stream / expert) + gather(expert, stream)
+    router, experts = reduce(both, FLOAT32 * part.scores), reduce(both, stream)
+    gradients = back + reduce(tensor, stream / expert) + gather(expert, stream) + experts
     # Of a router the weights of what was chosen, and its input; of a dense MLP's input gate and up, each for itself.
-    gradients += 2 * ring(both, FLOAT32 * part.chosen) + ring(both, stream) if layer.is_moe else experts
+    gradients += reduce(both, FLOAT32 * part.chosen) + gather(both, stream) if layer.is_moe else experts
     return 2 * (attention + router) + experts + gradients

@@ -120,6 +120,8 @@ def test_too_large(capsys):
     (["--step", "train", "--tokens", "-5"], "tokens = -5: expected a positive whole number"),
     (["--step", "train", "--tokens", "many"], "argument --tokens: invalid whole value: 'many'"),
     (["--step", "train", "--lora", "0"], "lora = 0: expected a positive whole number"),
+    (["--step", "train", "--tokens", "inf"], "argument --tokens: invalid whole value: 'inf'"),
+    (["--step", "train", "--context", "0"], "context = 0: expected a positive whole number"),
     (["--step", "train", "--context", "1"], "context = 1: expected at least 2"),
     (["--step", "train", "--batch", "0"], "batch = 0: expected a positive whole number"),
     (["--lora", "16"], "--lora is for --step train, not decode"),
