@@ -11,6 +11,7 @@ old steps before anyone knows whether the new one is whole.
 import dataclasses
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -62,8 +63,7 @@ class Checkpoints:
         self._writing: _Manifest | None = None
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=ocp.options.AsyncOptions(
             post_finalization_callback=self._seal))
-        if jax.process_index() == 0:
-            self._clear()
+        self._clear()
 
     def __enter__(self) -> "Checkpoints":
         self._level = ABSL.level
@@ -80,6 +80,7 @@ class Checkpoints:
         finally:
             with suppress(Exception):      # of a failed write, once more
                 self._orbax.close()
+            self._clear()
             ABSL.setLevel(self._level)
 
     @property
@@ -162,8 +163,14 @@ class Checkpoints:
                                   f"({_reason(error)}); {last}: free space, and go on with --resume") from error
 
     def _clear(self) -> None:
-        for left in self.folder.glob(f"*{TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        """Remove what is half written. Where one write has failed, others that Orbax began may still make files."""
+        for _ in range(50 if jax.process_index() == 0 else 0):
+            unfinished = list(self.folder.glob(f"*{TEMPORARY}*"))
+            for left in unfinished:
+                shutil.rmtree(left, ignore_errors=True)
+            if not unfinished:
+                return
+            time.sleep(0.1)
 
 
 def _named(tree: Any) -> dict[str, Any]:
