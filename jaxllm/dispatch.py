@@ -21,6 +21,7 @@ from jaxllm.axes import mesh_axes
 from jaxllm.experts_offloaded import apply_held_experts
 
 PLACES = mesh_axes("whole_experts")
+V5E = ("v5e", "TPU v5 lite")      # Google's name of the chip, and JAX's
 LEAST_TURN = 1024      # rows: for fewer, no turn is worth reading the experts again
 
 
@@ -34,6 +35,12 @@ def turn_rows(num_tokens: int, num_experts: int, chosen: int, places: int) -> in
     """Rows that a place takes at once: all that could come, or where those are many, twice what should."""
     expected = num_tokens / places * expected_places(num_experts, chosen, places)
     return min(num_tokens, max(LEAST_TURN, 128 * math.ceil(2 * expected / 128)))
+
+
+def sends_ragged(chip: str, num: int) -> bool:
+    """Whether XLA can exchange as many rows as there are between so many devices: not on v5e above 16, where it says
+    "Ragged all-to-all is currently not supported in limited ICI routing settings" (libtpu 0.0.42)."""
+    return num <= 16 or chip not in V5E
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +64,8 @@ def exchange(x_sD: jax.Array, out_rD: jax.Array, from_q: jax.Array, num_q: jax.A
              num_p: jax.Array, most: int) -> jax.Array:
     """out_rD with what comes in it: place q gets the num_q rows from_q of x and puts them at to_q; num_p come from p.
 
-    `most`: no more go from any place to any other. As `jax.lax.ragged_all_to_all`, which XLA has for TPUs: it sends
-    these rows and no others. Elsewhere each place sends `most` rows to each.
+    `most`: no more go from any place to any other. As `jax.lax.ragged_all_to_all`, which XLA has for most TPUs: it
+    sends these rows and no others. Elsewhere each place sends `most` rows to each.
     """
     def by_padding(x_sD: jax.Array, out_rD: jax.Array, from_q: jax.Array, num_q: jax.Array, to_q: jax.Array,
                    num_p: jax.Array) -> jax.Array:
@@ -70,7 +77,10 @@ def exchange(x_sD: jax.Array, out_rD: jax.Array, from_q: jax.Array, num_q: jax.A
 
     def ragged(*inputs: jax.Array) -> jax.Array:
         return jax.lax.ragged_all_to_all(*inputs, axis_name=PLACES)
-    return jax.lax.platform_dependent(x_sD, out_rD, from_q, num_q, to_q, num_p, tpu=ragged, default=by_padding)
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = mesh.abstract_device.device_kind if mesh.abstract_device else ""      # none where shapes alone are asked for
+    tpu = ragged if sends_ragged(kind, mesh.size) else by_padding
+    return jax.lax.platform_dependent(x_sD, out_rD, from_q, num_q, to_q, num_p, tpu=tpu, default=by_padding)
 
 
 def local_experts(expert_MA: jax.Array, num_here: int, axes: tuple[str, ...]) -> jax.Array:

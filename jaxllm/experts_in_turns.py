@@ -1,8 +1,7 @@
 """The work of experts on a TPU: grouped products over the rows that there are, a turn of at most so many at a time.
 
 The rows of this device's experts come first, sorted by expert, and only they are visited; so time and memory are theirs
-and not those of the R = M*A that any imbalance could bring. Packed experts are multiplied by a kernel, plain ones and
-adapters by the grouped product of XLA. experts.py says what is computed, and when it is computed so.
+and not those of the R = M*A that any imbalance could bring. experts.py says what is computed, and when it is so.
 """
 import dataclasses
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.kernels.grouped_matmul import grouped_matmul, is_of_words
+from jaxllm.kernels.trained_matmul import trained_matmul
 from jaxllm.quant import Adapted, Packed, Weight, trained_part, with_trained_part
 
 Experts = tuple[Weight, Weight, Weight]           # gate_eDI, up_eDI, down_eID
@@ -76,10 +76,7 @@ def grouped_product(x_rD: jax.Array, w: Weight, count_e: jax.Array, interpret: b
         h = grouped_product(x_rD, w.a, count_e, interpret)
         return grouped_product(x_rD, w.base, count_e, interpret) + grouped_product(
             (w.scale * h).astype(x_rD.dtype), w.b, count_e, interpret)
-    precision = jax.lax.Precision.HIGHEST if x_rD.dtype == jnp.float32 else None
-    y = jax.lax.ragged_dot(x_rD, w.astype(x_rD.dtype), count_e, precision=precision,
-                           preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(x_rD.shape[0], dtype=jnp.int32)[:, None] < count_e.sum(), y, 0.0)
+    return trained_matmul(x_rD, w.astype(x_rD.dtype), count_e, interpret)
 
 
 def experts_in_turns(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Array, *experts: Weight,

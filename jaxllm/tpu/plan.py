@@ -117,8 +117,8 @@ def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> Plan:
     table = config.vocab_size * config.hidden_size * held.dtype.itemsize // on.num_devices
     unused = weights["experts"] * unread_experts(config, work.num_tokens) + table * unread_rows(config, work.num_tokens)
     needed = sum(weights.values()) - int(unused) + cache
-    return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache}, needed, sent_bytes(held, mesh, work),
-                flops(held, work) / on.num_devices)
+    return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache}, needed,
+                sent_bytes(held, on, mesh, work), flops(held, work) / on.num_devices)
 
 
 def flops(held: Held, work: Work) -> float:

@@ -3,7 +3,7 @@
 Of n devices a ring that gathers or scatters moves (n - 1) / n of the whole, one that sums everywhere twice that, and an
 exchange (n - 1) / n of what a device has. Activations go in the model's dtype; sums of which a device keeps a part
 (rows of q, k and v, and of what attention gives) and the router's scores in float32. To experts go as many rows as on
-average if all choices are equally likely.
+average if all choices are equally likely, or where no rows can be left out, all.
 """
 import math
 
@@ -11,17 +11,19 @@ from jax.sharding import AbstractMesh
 
 from jaxllm.axes import MESH_AXES, expert_dims, splits_rows, stream
 from jaxllm.config import LayerSpec
-from jaxllm.dispatch import expected_places
+from jaxllm.dispatch import expected_places, sends_ragged
 from jaxllm.model import stored_layers
+from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.steps import Work
 
 F32, INT32 = 4, 4
+FEW = 2**21       # bytes, above which XLA gathers single rows: 2 MiB the most that it did not, 3 the least that it did
 
 
-def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
+def sent_bytes(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> int:
     """That a device sends in a step; 0 on one device."""
-    sent = Sent(held, mesh, work)
+    sent = Sent(held, on, mesh, work)
     layers = sum(sent.by_attention(layer) + (sent.by_experts() if layer.is_moe else sent.by_mlp())
                  for layer in stored_layers(held.config, mesh))
     weights = sum(held.weights(mesh).values())
@@ -31,8 +33,8 @@ def sent_bytes(held: Held, mesh: AbstractMesh, work: Work) -> int:
 class Sent:
     """`whole`: bytes of the residual stream at one place along `data`; `apart`: each device has some rows of it."""
 
-    def __init__(self, held: Held, mesh: AbstractMesh, work: Work):
-        self.config, self.mesh, self.size = held.config, mesh, held.dtype.itemsize
+    def __init__(self, held: Held, on: Slice, mesh: AbstractMesh, work: Work):
+        self.config, self.on, self.mesh, self.size = held.config, on, mesh, held.dtype.itemsize
         data, self.expert, self.tensor = (mesh.shape[axis] for axis in MESH_AXES)
         self.both, self.rows = self.expert * self.tensor, work.num_tokens // data
         self.D = held.config.hidden_size
@@ -48,7 +50,7 @@ class Sent:
         """To have all rows on each device."""
         if not self.apart:
             return 0.0
-        is_one = self.rows == self.both      # a single row of a device is summed with zeros for those of others
+        is_one = self.rows == self.both and self.whole <= FEW      # is then summed with zeros for those of others
         return (reduce if is_one else gather)(self.both, self.whole)
 
     def by_attention(self, layer: LayerSpec) -> float:
@@ -76,7 +78,8 @@ class Sent:
             return scores + reduce(both, self.whole)
         routing = scores + gather(both, self.whole / both) + reduce(both, self.rows * A * (INT32 + F32))
         if expert_dims(E, self.mesh)[0] == "whole_experts":
-            return routing + 2 * gather(both, self.whole / both) * expected_places(E, A, both)
+            places = expected_places(E, A, both) if sends_ragged(self.on.chip.name, self.on.num_devices) else both
+            return routing + 2 * gather(both, self.whole / both) * places
         return routing + self.together() + gather(both, self.rows * self.D * F32)
 
 

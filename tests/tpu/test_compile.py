@@ -3,13 +3,20 @@
 Of the released shapes the first four layers: full attention and dense, then sliding and experts, at their full size.
 """
 import json
+import re
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
+from jaxllm.axes import make_mesh, spec
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.cli import main
 from jaxllm.config import Config
+from jaxllm.dispatch import exchange, sends_ragged
 from jaxllm.tpu.chips import slice_of
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.plan import plans
@@ -74,6 +81,21 @@ def test_one_row_of_a_long_context(libtpu):
     assert found.memory["arguments"] == pytest.approx(sum(planned.held.values()), rel=0.03)
     assert part <= found.moved["cache"] <= 1.02 * part and not found.large, found.large
     assert planned.sent == pytest.approx(sum(x.nbytes for x in found.collectives), rel=0.1)
+
+
+@pytest.mark.parametrize(("on", "kind"), [("v5e:4x4", "ragged-all-to-all"), ("v5e:4x8", "all-to-all"),
+                                          ("v6e:4x8", "ragged-all-to-all")])
+def test_rows_are_exchanged_by_what_the_slice_has(libtpu, on, kind):
+    devices = devices_of(slice_of(on))
+    num = len(devices)
+    mesh, places = make_mesh({"expert": num}, devices), spec("whole_experts")
+    rows, counts = (jax.ShapeDtypeStruct((num * size, *shape), dtype, sharding=NamedSharding(mesh, places))
+                    for size, shape, dtype in ((8, (128,), jnp.bfloat16), (num, (), jnp.int32)))
+    step = jax.shard_map(partial(exchange, most=8), mesh=mesh, in_specs=(places,) * 6, out_specs=places)
+    with jax.set_mesh(mesh):
+        text = jax.jit(step).lower(rows, rows, *[counts] * 4).compile().as_text()
+    assert {opcode for opcode in re.findall(r" ([\w-]*all-to-all)(?:-start)?\(", text)} == {kind}
+    assert sends_ragged(slice_of(on).chip.name, num) == (kind == "ragged-all-to-all")
 
 
 def test_the_command(libtpu, capsys, tmp_path):

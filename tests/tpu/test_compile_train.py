@@ -1,12 +1,16 @@
 """The product's own training step, compiled for a slice that is not here, beside what was planned for it."""
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 from test_compile import first_layers
 
 from jaxllm.axes import make_abstract_mesh
 from jaxllm.checkpoint.stated import stated_params
 from jaxllm.config import Config
+from jaxllm.kernels.trained_matmul import trained_matmul
 from jaxllm.tpu.chips import slice_of
 from jaxllm.tpu.held import Held
 from jaxllm.tpu.program import devices_of
@@ -34,3 +38,19 @@ def test_first_layer_of_flash(libtpu):
     assert planned.peak == pytest.approx(found.memory["peak"], rel=0.1)
     assert sum(planned.sent.values()) == pytest.approx(sum(x.nbytes for x in found.collectives), rel=0.1)
     assert found.memory["aliased"] >= 0.99 * (found.memory["arguments"] - found.held["batch"])      # in place
+
+
+@pytest.mark.parametrize("on", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(("R", "D", "I", "e"), [(4096, 6144, 512, 384), (4096, 6144, 16, 384), (100, 300, 200, 5)],
+                         ids=str)
+def test_products_of_trained_experts(libtpu, on, R, D, I, e):      # noqa: E741
+    """No more memory than one gradient of w takes, however narrow w is, and as many multiplications as there are."""
+    place = SingleDeviceSharding(devices_of(slice_of(on))[0])
+    x, w, dy, count = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in (
+        ((R, D), jnp.bfloat16), ((e, D, I), jnp.bfloat16), ((R, I), jnp.float32), ((e,), jnp.int32)))
+
+    def gradients(x, w, dy, count):
+        return jax.vjp(lambda x, w: trained_matmul(x, w, count), x, w)[1](dy)
+    compiled = jax.jit(gradients).lower(x, w, dy, count).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * e * D * I * 4 + 2**23
+    assert compiled.cost_analysis()["flops"] <= 1.1 * (3 * 2 * R * D * I) + 20 * (e * D * I + e * e)

@@ -64,7 +64,7 @@ def test_work_of_a_step():
     attention = 128 * (192 + 128) * (10 * 32768 + 60 * 128)
     assert flops(pro, DECODE) == 2 * 64 * (41_731_227_648 + attention)
     alone = jaxllm.make_abstract_mesh(None)
-    assert sent_bytes(pro, alone, DECODE) == 0      # nothing on one device
+    assert sent_bytes(pro, slice_of("v6e:8x8"), alone, DECODE) == 0      # nothing on one device
     found = plan(pro, slice_of("v6e:8x8"), jaxllm.make_abstract_mesh("expert=8,tensor=8"), DECODE)
     assert found.seconds["HBM"] == found.needed / 1638e9 and found.limit == "HBM"
     assert found.tokens_s == 64 / found.step_seconds
