@@ -122,8 +122,9 @@ def gradients_in_turns(x_MD: jax.Array, local_MA: jax.Array, weight_MA: jax.Arra
                 dweight_R.at[row_r].set(dweight, mode="drop"),
                 jax.tree.map(lambda all, one: all + one.astype(jnp.float32), total, dtrained))
 
-    start = (jnp.zeros_like(x_MD, jnp.float32), jnp.zeros_like(weight_R),
-             jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), trained_part(experts)))
+    # Made when they are needed: XLA would make those of all layers before the first.
+    nothing, d_out_MD = jax.lax.optimization_barrier((jnp.zeros_like(d_out_MD, jnp.float32, shape=()), d_out_MD))
+    start = jax.tree.map(lambda w: jnp.broadcast_to(nothing, w.shape), (x_MD, weight_R, trained_part(experts)))
     dx_MD, dweight_R, total = turns.loop(compute, start)
     return (dx_MD.astype(x_MD.dtype), dweight_R.reshape(weight_MA.shape),
             jax.tree.map(lambda all, w: all.astype(w.dtype), total, trained_part(experts)))

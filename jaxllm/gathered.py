@@ -62,8 +62,8 @@ def gathered(value: Any, compute: PartitionSpec) -> Any:
 
 
 def anew(model: Any, state: Any) -> tuple[Any, Any]:
-    """(model, state) as they are, for a step of a loop: what is gathered or decoded of the model is so once the state
-    is there, in each step. A compiler would else do it before the loop, and keep all of it through the loop."""
+    """(model, state) as they are, for a step of a loop or one layer of many: what is gathered or decoded of the model
+    is so once the state is there. A compiler would else do it before the loop, or for all layers before the first."""
     leaves, tree = jax.tree.flatten(model, is_leaf=lambda x: isinstance(x, Gathered | Packed | Offloaded))
     waiting = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Gathered | Packed)}
     if not waiting:

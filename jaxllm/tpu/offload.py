@@ -20,7 +20,7 @@ from jaxllm.config import Config
 from jaxllm.offloaded import choose
 from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import Held, unread_experts
-from jaxllm.tpu.plan import PROGRAM, RESERVE, Plan, meshes, plan
+from jaxllm.tpu.plan import Plan, meshes, plan
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
 from jaxllm.usage import Usage
@@ -118,7 +118,7 @@ def offload_plans(held: Held, on: Slice, work: Work, host: int, mesh: AbstractMe
 def most_resident(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> int:
     """How many experts of each layer fit a device beside all else."""
     stacks, base = held.experts(mesh), plan(held, on, mesh, work)
-    room = (on.chip.usable_hbm.value - PROGRAM) / (1 + RESERVE) - sum(base.held.values()) + base.held["experts"]
+    room = (on.chip.usable_hbm.value - base.made) / (1 + base.reserve) - sum(base.held.values()) + base.held["experts"]
     if room >= stacks.each * stacks.layers * stacks.expert:
         return stacks.each
     return max(0, math.floor((room - stacks.moving) / (stacks.layers * stacks.expert)))

@@ -21,8 +21,10 @@ from jaxllm.tpu.sent import sent_bytes
 from jaxllm.tpu.steps import Work
 from jaxllm.train.memory import show
 
-RESERVE = 0.05          # of what is held, for temporaries
-PROGRAM = 50 * 10**6    # bytes of one and of what it always takes, as of those that were compiled (docs/tpu.md)
+# Beside what is held, as of the programs that were compiled for TPUs (docs/tpu.md): bytes of one and of what it always
+# takes; and so many times the residual stream of the rows at one place along `data`. None was compiled for a GPU.
+PROGRAM, STREAMS = 70 * 10**6, 3.5
+GPU_RESERVE = 0.05      # of what is held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +35,18 @@ class Plan:
     mesh: dict[str, int]
     work: Work
     held: dict[str, int]
+    made: int                        # beside it
     needed: int                      # of what is held, that a step reads
     sent: int
     flops: float
 
     @property
+    def reserve(self) -> float:
+        return GPU_RESERVE if self.on.chip.platform == "gpu" else 0.0
+
+    @property
     def peak(self) -> int:
-        return int((1 + RESERVE) * sum(self.held.values())) + PROGRAM
+        return int((1 + self.reserve) * sum(self.held.values())) + self.made
 
     @property
     def fits(self) -> bool:
@@ -65,7 +72,7 @@ class Plan:
         return self.work.num_tokens / self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("mesh", "held", "needed", "sent", "flops")}
+        fields = {name: getattr(self, name) for name in ("mesh", "held", "made", "needed", "sent", "flops")}
         return {"model": self.model, "on": self.on.name, **dataclasses.asdict(self.work), **fields, "peak": self.peak,
                 "usable": self.on.chip.usable_hbm.value, "fits": self.fits, "seconds": self.seconds,
                 "step_seconds": self.step_seconds, "tokens_s": self.tokens_s, "limit": self.limit}
@@ -80,7 +87,7 @@ class Plan:
         held = ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.held.items() if nbytes)
         seconds = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.seconds.items())
         return "\n".join([
-            f"{'held':14}{held}; with {RESERVE:.0%} and {show(PROGRAM)} for all else {show(self.peak)} of "
+            f"{'held':14}{held}; with all that is made meanwhile {show(self.peak)} of "
             f"{show(self.on.chip.usable_hbm.value)} a device",
             f"{'a step':14}reads {show(self.needed)}, sends {show(self.sent)}, {self.flops:.3g} FLOP a device",
             f"{'at full rate':14}{seconds}: {self.limit} is what limits it"])
@@ -115,10 +122,12 @@ def plan(held: Held, on: Slice, mesh: AbstractMesh, work: Work) -> Plan:
     config, weights = held.config, held.weights(mesh)
     cache = held.cache(mesh, work)
     table = config.vocab_size * config.hidden_size * held.dtype.itemsize // on.num_devices
+    stream = work.num_tokens // mesh.shape["data"] * config.hidden_size * held.dtype.itemsize
     unused = weights["experts"] * unread_experts(config, work.num_tokens) + table * unread_rows(config, work.num_tokens)
     needed = sum(weights.values()) - int(unused) + cache
-    return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache}, needed,
-                sent_bytes(held, on, mesh, work), flops(held, work) / on.num_devices)
+    return Plan(held.name, on, dict(mesh.shape), work, weights | {"cache": cache},
+                PROGRAM + int(STREAMS * stream), needed, sent_bytes(held, on, mesh, work),
+                flops(held, work) / on.num_devices)
 
 
 def flops(held: Held, work: Work) -> float:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxllm.axes import spec
 from jaxllm.config import LayerSpec
+from jaxllm.gathered import anew
 from jaxllm.model import Layer, Transformer, rope_kind
 from jaxllm.moe import Routing
 from jaxllm.mtp import MTPBlock
@@ -38,6 +39,7 @@ def hidden_states(model: Transformer, batch: Batch, remat: bool) -> tuple[jax.Ar
     ropes = {rope_kind(layer): places.rope(layer) for layer in model.config.layers}
 
     def through(layer: Layer, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, Routing | None]:
+        layer, x_BTD = anew(layer, x_BTD)
         x_BTD, _, routing = layer(x_BTD, rope, places.start_B, places.end_B, None, places.begin_BT)
         return x_BTD, routing
 

@@ -95,7 +95,7 @@ def test_the_command(capsys, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--on", "v6e:3x3"], "slice 'v6e:3x3': unknown"),
-    (["--on", "v6e:4x4"], "does not fit v6e:4x4: a device would hold 44.1 GB of 33.6 GB, 10.6 GB too much; the "
+    (["--on", "v6e:4x4"], "does not fit v6e:4x4: a device would hold 42.1 GB of 33.6 GB, 8.5 GB too much; the "
                           "smallest that fits is v6e:4x8"),
     (["--on", "v6e:8x8", "--mesh", "expert=7"], "vocab_size = 152576 cannot be split over mesh axis expert = 7"),
     (["--on", "v6e:8x8", "--mesh", "expert=8"], "the mesh has 8 devices, but v6e:8x8 has 64"),

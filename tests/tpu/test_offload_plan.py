@@ -91,8 +91,8 @@ def test_the_command(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["gpu:8x24GB", "--host", "300GB"], "need 476 GB of host memory, and 300 GB less a tenth for all else are 273 GB: "
-                                        "203 GB too little"),
+    (["gpu:8x24GB", "--host", "300GB"], "need 477 GB of host memory, and 300 GB less a tenth for all else are 273 GB: "
+                                        "205 GB too little"),
     (["gpu:2x24GB", "--host", "1TB"], "with all experts in host memory: a device would hold 73.8 GB of 25.8 GB, "
                                       "48 GB too much"),
     (["tpu7x:2x2x1", "--host", "1TB"], "the rate between host and tpu7x is not known (no public page found)"),
