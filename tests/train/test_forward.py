@@ -9,6 +9,7 @@ from hub_maker import tiny_config
 from jaxllm import attention
 from jaxllm.axes import make_mesh, spec
 from jaxllm.config import Config
+from jaxllm.gathered import gathered
 from jaxllm.model import Transformer
 from jaxllm.train.batch import Batch
 from jaxllm.train.forward import hidden_states, mtp_states
@@ -88,3 +89,15 @@ def test_what_counts():
     with jax.set_mesh(make_mesh()):
         counts = count_targets(batch_of([documents(), [np.arange(T, dtype=np.int32) % 96]]), 2)
     assert counts.tolist() == [sum(max(0, n - 1 - k) for n in (*LENGTHS, T)) for k in range(3)] + [2]
+
+
+def test_a_layer_is_gathered_when_it_is_its_turn(model):
+    """In a program of 48 layers XLA else gathers all before the first: what is gathered waits for the layer's input."""
+    with jax.set_mesh(make_mesh()):
+        apart = jax.tree.map(lambda x: gathered(jax.device_put(x, spec("batch")), x.sharding.spec) if x.ndim > 1 else x,
+                             model)
+        program = jax.make_jaxpr(lambda *inputs: hidden_states(*inputs, False)[0])(apart, batch_of([documents()]))
+    waits = [equation for equation in program.eqns if equation.primitive.name == "optimization_barrier"]
+    assert len(waits) == len(model.layers)
+    split = {x for equation in program.eqns if equation.primitive.name == "reshard" for x in equation.invars}
+    assert all(set(wait.outvars[:-1]) <= split for wait in waits)      # and the last is the input
