@@ -5,7 +5,7 @@
 First the released models whole, minutes each; then the first four layers of them in more combinations of slice,
 weights, batch and context. One `jaxllm compile` after the other; what is in the folder already is not compiled again.
 --only: those whose name, as in MiMo-V2.6-Pro.mxfp4.v6e-8x8.decode, has TEXT in it. Needs libtpu: `make aot` puts it in
-place.
+place. The compiler's numbers of all that is in the folder go into compiled.json there, of which tests/tpu has a copy.
 """
 import argparse
 import json
@@ -14,7 +14,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from jaxllm.axes import make_abstract_mesh
 from jaxllm.config import Config
@@ -28,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PRO, FLASH = "MiMo-V2.6-Pro", "MiMo-V2-Flash"      # V2.5-Pro's programs are those of V2.6-Pro, V2.5's and V2.6-Flash's
 SLICES = ("v6e:8x8", "tpu7x:2x4x2")                # those of V2-Flash up to constants: tests/tpu/test_same_programs.py
 SMALL = ("v6e:4x4", "v5p:2x2x4")                   # that hold the smaller models too
+LIBTPU = str(Path(sys.prefix, "libtpu"))           # where the Makefile has it
 LAYERS = 4                                         # full attention and dense MLP, then sliding and experts
 MIB = 2**20
 COMBINATIONS = """
@@ -109,6 +112,18 @@ def first_layers() -> Iterator[Case]:
         yield Case({"Pro": PRO, "Flash": FLASH}[model], weights, on, step, int(batch), int(context), LAYERS)
 
 
+def ratios(planned: Plan, compiled: dict[str, Any]) -> dict[str, float]:
+    """Of the plan's bytes over the compiler's."""
+    ours = {"arguments": sum(planned.held.values()), "peak": planned.peak, "sent": planned.sent}
+    return {name: nbytes / max(1, compiled[name]) for name, nbytes in ours.items()}
+
+
+def numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """What of a report a plan says too."""
+    return {"mesh": found["mesh"], "arguments": found["memory"]["arguments"], "peak": found["memory"]["peak"],
+            "sent": sum(x["nbytes"] for x in found["collectives"])}
+
+
 def row(case: Case, out: Path) -> str:
     file = out / f"{case.name}.json"
     if not file.exists():
@@ -118,11 +133,10 @@ def row(case: Case, out: Path) -> str:
     sizes = [memory[kind] / MIB for kind in ("arguments", "temporaries", "peak")]
     moved = sum(found["moved"].values()) / MIB
     sent = ", ".join(f"{x['count']} {x['kind']} {x['nbytes'] / MIB:.1f}" for x in found["collectives"])
-    planned = case.plan(out, found["mesh"])
-    ratios = (sum(planned.held.values()) / memory["arguments"], planned.peak / memory["peak"],
-              planned.sent / max(1, sum(x["nbytes"] for x in found["collectives"])))
+    compared = ratios(case.plan(out, found["mesh"]), numbers(found))
     return (f"| {case.name} | {mesh} | {found['compile_seconds']:.0f} | " + " | ".join(f"{size:,.0f}" for size in sizes)
-            + f" | {moved:,.0f} | {found['ratio']:.2f} | {sent} | " + " | ".join(f"{x:.3f}" for x in ratios) + " |")
+            + f" | {moved:,.0f} | {found['ratio']:.2f} | {sent} | "
+            + " | ".join(f"{ratio:.3f}" for ratio in compared.values()) + " |")
 
 
 def main() -> None:
@@ -131,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "aot")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(Path(sys.prefix, "libtpu"))}
+    env = os.environ | {"PYTHONPATH": LIBTPU}
     for cases in (whole_models(), first_layers()):
         print("\n| program | mesh | compiled in s | arguments MiB | temporaries | peak | moved | of the least | sent "
               "| plan over compiler: arguments | peak | sent |\n|" + "---|" * 12, flush=True)
@@ -145,6 +159,11 @@ def main() -> None:
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
                 file.with_suffix(".txt").write_text(done.stdout + done.stderr)
             print(row(case, args.out), flush=True)
+    compiled = {case.name: numbers(json.loads(file.read_text())) for case in (*whole_models(), *first_layers())
+                if (file := args.out / f"{case.name}.json").exists()}
+    versions = {name: next(iter(distributions(name=name, path=[LIBTPU, *sys.path]))).version
+                for name in ("jax", "libtpu")}
+    (args.out / "compiled.json").write_text(json.dumps(versions | {"programs": compiled}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
