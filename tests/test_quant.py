@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_codec import random_packed
@@ -140,6 +141,21 @@ def test_experts_in_turns(kind, turn, monkeypatch):
     for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == other.dtype and np.abs(other).max() > 0
         np.testing.assert_allclose(ours, other, rtol=0, atol=2e-6 * np.abs(other).max())
+
+
+def test_sums_of_gradients_begin_when_they_are_needed(monkeypatch):
+    """Zeros that come from nowhere XLA makes for all layers before the first: they come out of a barrier."""
+    monkeypatch.setattr(experts_in_turns, "TURN_BACK", 8)
+    e, D, I, M, A = 2, 16, 8, 32, 2      # noqa: E741
+    experts = tuple(jnp.ones(shape) for shape in ((e, D, I), (e, D, I), (e, I, D)))
+    program = jax.make_jaxpr(partial(experts_in_turns.gradients_in_turns, interpret=True))(
+        jnp.ones((M, D)), jnp.zeros((M, A), jnp.int32), jnp.ones((M, A)), experts, jnp.ones((M, D)))
+    made = {x: equation for equation in program.eqns for x in equation.outvars}
+    loop = next(equation for equation in program.eqns if equation.primitive.name == "while")
+    zeros = [made[x] for x in loop.invars if isinstance(x, Var) and x in made
+             and made[x].primitive.name == "broadcast_in_dim"]
+    assert len(zeros) == 2 + len(experts)
+    assert all(made[zero.invars[0]].primitive.name == "optimization_barrier" for zero in zeros)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
