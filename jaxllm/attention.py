@@ -139,7 +139,7 @@ def attend_sliding(q_bTnH: jax.Array, k_bkHS: jax.Array, v_bkSV: jax.Array, star
 class Attention(nnx.Module):
     """One layer's attention. `layer.num_kv_heads` counts kv heads as stored: repeated up to the tensor degree."""
 
-    def __init__(self, D: int, layer: LayerSpec, value_scale: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, layer: LayerSpec, value_scale: float, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         N, K, H, V = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim
         self.layer, self.value_scale = layer, value_scale
         self.q_DNH = param(rngs, (D, N, H), ("attention_embed", "heads", "head_dim"), dtype)

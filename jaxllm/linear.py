@@ -16,11 +16,12 @@ from jaxllm.quant import Adapted, Packed, Weight, decode
 TILE = 2**20     # numbers; of 2^17, 2^19 and 2^20 the fastest on two cores with 1 MiB of cache each
 
 
-def param(rngs: nnx.Rngs, shape: Sequence[int], names: Sequence[str | None], dtype: jnp.dtype,
+def param(rngs: nnx.Rngs | None, shape: Sequence[int], names: Sequence[str | None], dtype: jnp.dtype,
           std: float = 0.02) -> nnx.Param:
-    """A parameter split over the mesh in context as its logical names say; normal(0, std), constant 1 if std is 0."""
+    """A parameter split over the mesh in context as its logical names say; normal(0, std), constant 1 if std is 0 or
+    rngs None, as where shapes alone are wanted: to trace what is drawn takes most of the time then."""
     sharding = spec(*names)
-    if std == 0:
+    if std == 0 or rngs is None:
         return nnx.Param(jnp.ones(shape, dtype, out_sharding=sharding))
     value = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding)
     return nnx.Param((std * value).astype(dtype))

@@ -8,7 +8,7 @@ from jaxllm.linear import einsum, param
 
 
 class MLP(nnx.Module):
-    def __init__(self, D: int, F: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, F: int, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         self.gate_DF = param(rngs, (D, F), ("embed", "mlp"), dtype)
         self.up_DF = param(rngs, (D, F), ("embed", "mlp"), dtype)
         self.down_FD = param(rngs, (F, D), ("mlp", "embed"), dtype)

@@ -27,7 +27,7 @@ from jaxllm.rope import rope_angles
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: Config, layer: LayerSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: LayerSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         D, epsilon = config.hidden_size, config.layernorm_epsilon
         self.attention_norm = RMSNorm(D, epsilon, dtype, rngs=rngs)
         self.attention = Attention(D, layer, config.attention_value_scale, dtype, rngs=rngs)
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
     times, so that every device has the one it needs. `num_mtp` MTP blocks come with it, for those who call them.
     """
 
-    def __init__(self, config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, *, rngs: nnx.Rngs,
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh, dtype: jnp.dtype, *, rngs: nnx.Rngs | None,
                  num_mtp: int = 0):
         check_mesh(config, mesh)
         D, W = config.hidden_size, config.vocab_size

@@ -84,7 +84,7 @@ def vary(x: jax.Array) -> jax.Array:
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: Config, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
         assert E is not None and I is not None
         self.config = config

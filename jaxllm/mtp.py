@@ -20,7 +20,7 @@ from jaxllm.norm import RMSNorm
 class MTPBlock(nnx.Module):
     """`layer` is the config's `mtp_layer`, as a model on this mesh stores it."""
 
-    def __init__(self, config: Config, layer: LayerSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: LayerSpec, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         D, epsilon = config.hidden_size, config.layernorm_epsilon
         self.embed_norm = RMSNorm(D, epsilon, dtype, rngs=rngs)
         self.hidden_norm = RMSNorm(D, epsilon, dtype, rngs=rngs)

@@ -14,7 +14,7 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, D: int, epsilon: float, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, epsilon: float, dtype: jnp.dtype, *, rngs: nnx.Rngs | None):
         self.epsilon = epsilon
         self.scale_D = param(rngs, (D,), ("embed",), dtype, std=0)
 
