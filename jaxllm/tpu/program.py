@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ LIBTPU = "pip install 'jaxllm[tpu]'"
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled step, and what it was compiled from."""
+    OWNERS: ClassVar = ("weights", "cache", "activations", "activations")      # whose bytes its arguments are
     compiled: jax.stages.Compiled
     config: Config
     mesh: Mesh
@@ -122,6 +123,12 @@ def compiled_of(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             raise
         raise ValueError(f"does not fit: {said.removeprefix('RESOURCE_EXHAUSTED: ')} Take a larger slice, another "
                          f"mesh, fewer rows or less context; `jaxllm plan` tells what fits") from error
+
+
+def owners_of(compiled: jax.stages.Compiled, by_argument: Sequence[str]) -> list[str]:
+    """The class of each parameter of the program, from those of its function's arguments; an unused leaf is none."""
+    used = jax.tree_util.tree_flatten_with_path(compiled.input_shardings[0])[0]
+    return [by_argument[path[0].idx] for path, _ in used]
 
 
 def mesh_over(devices: Sequence[jax.Device], mesh: str | Mapping[str, int] | None) -> Mesh:

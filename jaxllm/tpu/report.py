@@ -4,6 +4,7 @@ The least: each weight byte that is needed once (of the embedding the rows of th
 the routed rows can choose) and each cache byte once.
 """
 import dataclasses
+import re
 from typing import Any
 
 from jaxllm.axes import degree
@@ -13,14 +14,13 @@ from jaxllm.offloaded import on_device
 from jaxllm.tpu.chips import Slice
 from jaxllm.tpu.held import unread_rows
 from jaxllm.tpu.hlo import parse
-from jaxllm.tpu.program import Program
+from jaxllm.tpu.program import Program, owners_of
 from jaxllm.tpu.rates import rates_of
 from jaxllm.tpu.steps import Training, Work
 from jaxllm.tpu.traffic import Collective, Large, Traffic
 from jaxllm.tpu.train_program import TrainProgram
 from jaxllm.train.memory import device_bytes, show
 
-OWNERS = {"model": "weights", "cache": "cache", "state": "weights", "frozen": "weights"}      # by argument
 LARGE = 64 * 2**20      # bytes; a temporary of that size is named
 
 
@@ -77,8 +77,19 @@ class Report:
             ("least", ", ".join(f"{kind} {show(nbytes)}" for kind, nbytes in self.least.items())),
             ("collectives", ", ".join(f"{x.count} {x.kind} {show(x.nbytes)}" for x in self.collectives) or "none"),
             *(("replicated", f"{path} on {copies} devices each") for path, copies in self.replicated.items()),
-            *(("large", f"{x.opcode} {x.name}: {show(x.nbytes)} of {x.owner} ({x.op_name})") for x in self.large)]
+            *(("large", text) for text in described(self.large))]
         return "\n".join(f"{name:14}{text}" for name, text in rows)
+
+
+def described(large: list[Large]) -> list[str]:
+    """A line for each buffer, and one for all of the same kind and size that layers make alike."""
+    alike: dict[Large, list[Large]] = {}
+    for x in large:
+        where = re.sub(r"layer_\d+", "layer_*", x.op_name)
+        alike.setdefault(dataclasses.replace(x, name="", op_name=where), []).append(x)
+    return [f"{x.opcode} {x.name}: {show(x.nbytes)} of {x.owner} ({x.op_name})" if not others else
+            f"{x.opcode} {x.name} and {len(others)} more, each: {show(x.nbytes)} of {x.owner} ({kind.op_name})"
+            for kind, (x, *others) in alike.items()]
 
 
 def report_of(program: Program | TrainProgram, model: str, on: Slice, large: int = LARGE) -> Report:
@@ -87,7 +98,7 @@ def report_of(program: Program | TrainProgram, model: str, on: Slice, large: int
     assert memory is not None and text is not None      # of what XLA's TPU compiler made there always are
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     share = 1.0 if isinstance(program, TrainProgram) else ragged_share(program)
-    traffic = Traffic(parse(text), OWNERS, share)
+    traffic = Traffic(parse(text), owners_of(program.compiled, program.OWNERS), share)
     return Report(
         model, on, dict(program.mesh.shape), program.work, program.seconds, held_bytes(program),
         {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 from jaxllm.tpu.hlo import Instruction, Module
@@ -43,12 +44,12 @@ class Large:
 
 
 class Traffic:
-    """The account of one module. `owners`: prefix of a parameter's name -> class, as {"model": "weights"}.
+    """The account of one module. `owners`: the class of each of the program's parameters, in order.
 
     `ragged`: what part of a ragged exchange's rows is sent, which is data; by default all that there is room for.
     """
 
-    def __init__(self, module: Module, owners: dict[str, str], ragged: float = 1.0):
+    def __init__(self, module: Module, owners: Sequence[str], ragged: float = 1.0):
         self.module, self.owners, self.ragged = module, owners, ragged
         self.owner = cache(self._owner)
         # computation -> where it is called, by what, and the place of its parameter among the caller's operands
@@ -224,7 +225,8 @@ class Traffic:
         if instruction.opcode != "parameter":
             return "activations"
         if where == self.module.entry:
-            return self.owners.get(re.split(r"[.\[]", instruction.op_name)[0], "activations")
+            is_tuple = len(instruction.outputs) > 1      # of all parameters, if they are more than 2,000
+            return self.owners[element if is_tuple and element is not None else int(instruction.operands[0])]
         outside, caller, place = self.callers.get(where, (None, None, 0))
         if outside is None or caller is None or place >= len(caller.operands):
             return "activations"

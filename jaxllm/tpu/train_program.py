@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxllm.train.step import make_step
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
     """A compiled training step, and what it was compiled from."""
+    OWNERS: ClassVar = ("weights", "weights", "activations")      # whose bytes its arguments are
     compiled: jax.stages.Compiled
     mesh: Mesh
     work: Training

@@ -9,11 +9,12 @@ from jaxllm.axes import attention_rows, make_mesh, spec
 from jaxllm.cache import LayerCache
 from jaxllm.tpu.chips import slice_of
 from jaxllm.tpu.hlo import parse
-from jaxllm.tpu.program import devices_of
+from jaxllm.tpu.program import devices_of, owners_of
 from jaxllm.tpu.traffic import Traffic, kernel_bytes
 
 N, H, V, WINDOW = 64, 192, 128, 128
 KINDS = (None, 4), (WINDOW, 8)          # window and kv heads
+OWNERS = *["activations"] * 4, "cache", "activations"       # of the arguments of two_layers
 
 
 def two_layers(q, new, start, end, caches, sink):
@@ -47,7 +48,7 @@ def test_prefill(libtpu, on, B, T, S):
     """Splash attention alone has scores: no buffer has the 128 MiB of 16 heads' with 1024 keys, nor half of it. The
     caches are written where they lie and not copied, and each kernel says what it moves."""
     program = compiled(on, B, T, S)
-    traffic = Traffic(parse(program.as_text()), {"caches": "cache"})
+    traffic = Traffic(parse(program.as_text()), owners_of(program, OWNERS))
     assert not traffic.large(2**26)
     assert traffic.by_class()["copies"] == 0
     caches = max(B // 4, 1) * (S * 1 + WINDOW * 2) * (H + V) * 2         # of a device

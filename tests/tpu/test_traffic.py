@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.tpu.hlo import parse
-from jaxllm.tpu.traffic import Collective, Traffic, group_size
+from jaxllm.tpu.program import owners_of
+from jaxllm.tpu.report import described
+from jaxllm.tpu.traffic import Collective, Large, Traffic, group_size
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -48,9 +50,9 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 }
 
 ENTRY %main (w: u8[8,64,128], c: bf16[4,256], x: bf16[1,256], i0: s32[]) -> (bf16[4,256], bf16[4,256]) {
-  %w = u8[8,64,128]{2,1,0} parameter(0), metadata={op_name="model.layers[0].moe.gate_EDI.value.codes"}
-  %c = bf16[4,256]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="cache.layers[0].v_BKSV"}
-  %x = bf16[1,256]{1,0} parameter(2), metadata={op_name="tokens"}
+  %w = u8[8,64,128]{2,1,0} parameter(0)
+  %c = bf16[4,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %x = bf16[1,256]{1,0} parameter(2)
   %i0 = s32[]{:T(128)} parameter(3)
   %zeros = f32[16]{0} broadcast(%i0), dimensions={}
   %init = (s32[]{:T(128)}, u8[8,64,128]{2,1,0}, f32[16]{0}) tuple(%i0, %w, %zeros)
@@ -67,11 +69,12 @@ ENTRY %main (w: u8[8,64,128], c: bf16[4,256], x: bf16[1,256], i0: s32[]) -> (bf1
   ROOT %out = (bf16[4,256]{1,0}, bf16[4,256]{1,0}) tuple(%written, %turned)
 }
 """
+OWNERS = "weights", "cache", "activations", "activations"       # of main's parameters
 
 
 @pytest.fixture(scope="module")
 def traffic():
-    return Traffic(parse(PROGRAM), {"model": "weights", "cache": "cache"})
+    return Traffic(parse(PROGRAM), OWNERS)
 
 
 def test_bytes_by_class(traffic):
@@ -81,6 +84,22 @@ def test_bytes_by_class(traffic):
     scalars, zeros, reduced, x = 3 * 4, 64, 5 * 2 * 64, 512
     assert traffic.by_class() == {"weights": 5 * 64 * 128, "cache": 512 + 3000 + 2048,
                                   "copies": 2 * 2048, "activations": scalars + zeros + reduced + x + 4096}
+
+
+def test_parameters_in_a_tuple(traffic):
+    """As a program has them that takes more than 2,000."""
+    head, entry = PROGRAM.split("ENTRY ")
+    shapes = ["u8[8,64,128]{2,1,0}", "bf16[4,256]{1,0:T(8,128)(2,1)}", "bf16[1,256]{1,0}", "s32[]{:T(128)}"]
+    for number, shape in enumerate(shapes):
+        entry = entry.replace(f"{shape} parameter({number})", f"{shape} get-tuple-element(%all), index={number}")
+    entry = entry.replace("{\n", f"{{\n  %all = ({', '.join(shapes)}) parameter(0)\n", 1)
+    assert Traffic(parse(f"{head}ENTRY {entry}"), OWNERS).by_class() == traffic.by_class()
+
+
+def test_unused_arguments_are_no_parameters():
+    compiled = jax.jit(lambda a, b, c: {"x": a["x"] + c, "y": a["y"]}).lower(
+        {"v": 1.0, "x": jnp.ones(3), "y": 2}, jnp.ones(3), jnp.ones(3)).compile()
+    assert owners_of(compiled, "abc") == ["a", "a", "c"]
 
 
 def test_collectives(traffic):
@@ -96,7 +115,7 @@ def test_ragged_exchanges():
 replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}
   %gathered =""")
     for share, nbytes in ((1.0, 512 * 3 // 4), (0.5, 512 * 3 // 8)):
-        found = Traffic(parse(program), {}, share).collectives()
+        found = Traffic(parse(program), OWNERS, share).collectives()
         assert Collective("ragged-all-to-all", 1, nbytes) in found
 
 
@@ -116,15 +135,24 @@ def test_large_buffers_are_named(traffic):
     assert (copy.opcode, copy.owner, copy.nbytes, copy.op_name) == ("copy", "cache", 2048, "jit(step)/turned")
 
 
+def test_layers_that_are_alike_share_a_line():
+    def made(name, nbytes, layer):
+        return Large(name, "fusion", nbytes, f"jit(step)/transpose(jvp(layer_{layer}))/mul", "weights")
+    assert described([made("a", 2000, 0), made("b", 1000, 0), made("c", 1000, 1), made("d", 1000, 12)]) == [
+        "fusion a: 2 kB of weights (jit(step)/transpose(jvp(layer_0))/mul)",
+        "fusion b and 2 more, each: 1 kB of weights (jit(step)/transpose(jvp(layer_*))/mul)"]
+
+
 def test_a_real_program():
     """Loops that XLA's CPU compiler made of ours: seven times the rows of a stack."""
     def step(model, x):
         return jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ model[i]), x)
     model, x = jnp.ones((7, 256, 256)), jnp.ones((4, 256))
-    module = parse(jax.jit(step).lower(model, x).compile().as_text())
+    compiled = jax.jit(step).lower(model, x).compile()
+    module = parse(compiled.as_text())
     assert 7 in {module.trips(module.loop(loop)[1]) for body in module.computations.values()
                  for loop in body.values() if loop.opcode == "while"}
-    moved = Traffic(module, {"model": "weights"}).by_class()
+    moved = Traffic(module, owners_of(compiled, ("weights", "activations"))).by_class()
     assert 7 * 256 * 256 * 4 <= moved["weights"] + moved["copies"] + moved["activations"] <= 4 * 7 * 256 * 256 * 4
 
 
