@@ -20,6 +20,7 @@ FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcas
 MOVES = frozenset({"bitcast", "copy", "convert", "reshape", "transpose"})
 THROUGH = MOVES | {"get-tuple-element", "tuple", "copy-start", "copy-done", "slice", "slice-start", "slice-done",
                    "dynamic-slice", "async-done", "optimization-barrier"}
+GATHERS = frozenset({"all-gather", "all-gather-start", "all-gather-done"})
 SLICES = frozenset({"dynamic-slice", "gather", "slice"})
 UPDATES = frozenset({"dynamic-update-slice", "scatter"})
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -204,9 +205,9 @@ class Traffic:
 
     def _owner(self, where: str, name: str, element: int | None = None) -> str:
         """Whose bytes a value (of a tuple, an element) is: those of the program's parameter that it is, or is a copy, a
-        slice or another type of, through loops, branches and kernels that write in place."""
+        slice, another type or all devices' parts of, through loops, branches and kernels that write in place."""
         instruction = self.module.computations[where].get(name)
-        while instruction is not None and (instruction.opcode in THROUGH or self._only_moves(instruction)
+        while instruction is not None and (instruction.opcode in THROUGH | GATHERS or self._only_moves(instruction)
                                            or written_in_place(instruction, element) is not None):
             place = 0
             if (operand := written_in_place(instruction, element)) is not None:

@@ -96,6 +96,12 @@ def test_parameters_in_a_tuple(traffic):
     assert Traffic(parse(f"{head}ENTRY {entry}"), OWNERS).by_class() == traffic.by_class()
 
 
+def test_what_was_gathered_is_whose_it_was(traffic):
+    reading = "  %summed = bf16[256]{0:S(1)} reduce(%gathered, %i0), dimensions={0}, to_apply=%add\n  ROOT %out"
+    found = Traffic(parse(PROGRAM.replace("  ROOT %out", reading)), OWNERS).by_class()
+    assert found["cache"] == traffic.by_class()["cache"] + 4096
+
+
 def test_unused_arguments_are_no_parameters():
     compiled = jax.jit(lambda a, b, c: {"x": a["x"] + c, "y": a["y"]}).lower(
         {"v": 1.0, "x": jnp.ones(3), "y": 2}, jnp.ones(3), jnp.ones(3)).compile()
