@@ -2,7 +2,6 @@
 import importlib.metadata
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from test_distributed import FOUR_DEVICES, free_port
 
 import jaxllm
 from jaxllm.cli import main, models
@@ -246,12 +246,9 @@ def test_a_reader_that_has_enough():
 
 def test_two_processes_write_what_one_does():
     """A Slurm job of two processes as JAX sees it, on loopback; mesh axes cross from one to the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     env = os.environ | {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2", "XLA_FLAGS": FOUR_DEVICES, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxllm", "generate", NANO, "上海是", "The menu", "--max-new-tokens", "12",
                "--mesh", "expert=4,tensor=2", "--distributed"]
     processes = [subprocess.Popen(command, env=env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, text=True,

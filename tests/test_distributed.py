@@ -23,6 +23,7 @@ from jaxllm.checkpoint import open_source
 NANO = Path(__file__).parent.parent / "configs" / "mimo-nano"      # lends its tokenizer
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LIMIT = 480      # seconds; about 30 on two idle cores
+FOUR_DEVICES = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"     # the last of a flag counts
 MESH = "data=2,expert=2,tensor=2"
 WHAT = {(MESH, "hub"): "all", (MESH, "converted"): "greedy", ("expert=2,tensor=4", "hub"): "drawn"}
 LOADS = [(kind, mesh, WHAT.get((mesh, kind), "nothing"))
@@ -79,8 +80,7 @@ def free_port():
 
 
 def start(job, log):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-                                "JAXLLM_COMPILE_CACHE": "off"}
+    environment = os.environ | {"XLA_FLAGS": FOUR_DEVICES, "JAX_PLATFORMS": "cpu", "JAXLLM_COMPILE_CACHE": "off"}
     with log.open("w") as output:
         return subprocess.Popen([sys.executable, "-W", "error", str(WORKER), json.dumps(job)], env=environment,
                                 stdout=output, stderr=subprocess.STDOUT)

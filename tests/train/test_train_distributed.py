@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_distributed import LIMIT, free_port, wait
+from test_distributed import FOUR_DEVICES, LIMIT, free_port, wait
 from test_loop import losses, settings
 
 from jaxllm.train.loop import train
@@ -34,7 +34,7 @@ def in_two_processes(run: Run, folder: Path, resume: bool = False) -> None:
     address, children = f"127.0.0.1:{free_port()}", []
     logs = [folder / f"{process}.log" for process in range(2)]
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAXLLM_COMPILE_CACHE": "off",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+           "XLA_FLAGS": FOUR_DEVICES}
     try:
         for process, log in enumerate(logs):
             with log.open("a") as output:
