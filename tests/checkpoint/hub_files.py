@@ -81,8 +81,8 @@ def interrupt(hub: Path, out: Path, monkeypatch: pytest.MonkeyPatch, reads: int 
 
 
 def finished(out: Path) -> set[Path]:
-    """The files that an interrupted conversion has noted."""
-    return {out / name for piece in out.glob(f"{JOURNAL}*") for name in json.loads(piece.read_text())}
+    """The files that an interrupted conversion has noted; not in a piece that it was still writing."""
+    return {out / name for piece in out.glob(f"{JOURNAL}*.json") for name in json.loads(piece.read_text())}
 
 
 def run(code: str, *args: object) -> subprocess.CompletedProcess:
