@@ -119,6 +119,26 @@ def model(config: Config, num_mtp: int, reading: str | None = None) -> Iterator[
         yield from mtp_block(k, config, reading)
 
 
+def leaves_of(config: Config, num_mtp: int, kinds: Mapping[str, Kind], reading: str | None
+              ) -> tuple[dict[str, Entry | Scale], dict[str, np.dtype]]:
+    """Every leaf by path, and of those that are packed the dtype of each hub tensor."""
+    parameters = list(model(config, num_mtp, reading))
+    labels = {kind.block[0]: row_labels(config, num_mtp, reading, kind.block[0], {
+        tensor for entry in parameters if kinds.get(entry.path) == kind for tensor in entry.tensors})
+        for kind in set(kinds.values()) if kind.name == "fp8"}
+    entries: dict[str, Entry | Scale] = {}
+    dtypes: dict[str, np.dtype] = {}
+    for entry in parameters:
+        kind = kinds.get(entry.path)
+        leaves = (entry,) if kind is None else (
+            codes_entry(entry, kind), scale_leaf(entry, kind, labels.get(kind.block[0], {})))
+        entries |= {leaf.path: leaf for leaf in leaves}
+        if kind is not None:
+            for leaf, dtype in zip(leaves, (kind.codes, kind.scale), strict=True):
+                dtypes |= dict.fromkeys(leaf.tensors, dtype)
+    return entries, dtypes
+
+
 @dataclass(frozen=True)
 class Use:
     """Rows [start, start + rows.count) of matrix `number` of `entry` are the hub rows `rows`."""
@@ -139,20 +159,7 @@ class Table:
 
     def __init__(self, config: Config, num_mtp: int = 0, kinds: Mapping[str, Kind] | None = None,
                  reading: str | None = None):
-        kinds, parameters = kinds or {}, list(model(config, num_mtp, reading))
-        labels = {kind.block[0]: row_labels(config, num_mtp, reading, kind.block[0], {
-            tensor for entry in parameters if kinds.get(entry.path) == kind for tensor in entry.tensors})
-            for kind in set(kinds.values()) if kind.name == "fp8"}
-        self.entries: dict[str, Entry | Scale] = {}
-        self.dtypes: dict[str, np.dtype] = {}
-        for entry in parameters:
-            kind = kinds.get(entry.path)
-            leaves = (entry,) if kind is None else (
-                codes_entry(entry, kind), scale_leaf(entry, kind, labels.get(kind.block[0], {})))
-            self.entries |= {leaf.path: leaf for leaf in leaves}
-            if kind is not None:
-                for leaf, dtype in zip(leaves, (kind.codes, kind.scale), strict=True):
-                    self.dtypes |= dict.fromkeys(leaf.tensors, dtype)
+        self.entries, self.dtypes = leaves_of(config, num_mtp, kinds or {}, reading)
         self._index()
 
     def _index(self) -> None:

@@ -137,7 +137,8 @@ def _group_scale(entry: Entry, kind: Kind) -> Entry:
     else:
         raise CheckpointError(f"{entry.path} (of {entry.tensors[0]!r}) is stored as {kind.name} in groups of {group}, "
                               f"which do not divide its in-dims {list(entry.in_dims)}")
-    matrices = tuple(tuple(replace(run, tensor=run.tensor + kind.suffix) for run in runs) for runs in entry.matrices)
+    matrices = tuple(tuple(Rows(run.tensor + kind.suffix, run.start, run.count) for run in runs)
+                     for runs in entry.matrices)
     return replace(entry, path=entry.path + SCALE, in_dims=in_dims, matrices=matrices)
 
 

@@ -3,7 +3,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
 from jaxllm.checkpoint.kinds import EXPERTS, MXFP4, allowed_kinds, fp8, int4
-from jaxllm.checkpoint.names import Table, model
+from jaxllm.checkpoint.names import leaves_of, model
 from jaxllm.config import Config
 
 
@@ -25,9 +25,9 @@ def stated_params(config: Config, experts: str | None = None) -> dict[str, tuple
         if name in forms:
             kinds[entry.path] = forms[name]
     is_fused = config.attention_projection_layout == "fused_qkv"
-    table = Table(config, 0, kinds, f"ranks={config.num_key_value_heads}" if is_fused else "stacked")
+    entries, _ = leaves_of(config, 0, kinds, f"ranks={config.num_key_value_heads}" if is_fused else "stacked")
     dtype = np.dtype(config.dtype)
     return {leaf: (entry.shape, kinds[path].codes if leaf.endswith(".codes") else kinds[path].scale
                    if leaf.endswith(".scale") else dtype)
-            for leaf, entry in table.entries.items()
+            for leaf, entry in entries.items()
             for path in [leaf.removesuffix(".codes").removesuffix(".scale")]}
