@@ -43,6 +43,9 @@ Pro   mxfp4 v5e:8x16    decode   64    4096
 Pro   mxfp4 v5p:2x2x4   decode   16  131072
 Pro   fp8   tpu7x:2x2x4 decode  128    8192
 Pro   fp8   tpu7x:2x4x2 decode    4 1048576
+Pro   fp8   v5p:2x2x4   decode   24   20000
+Pro   fp8   v6e:8x16    decode  200   16384
+Pro   mxfp4 tpu7x:4x4x1 decode   96   50000
 Flash fp8   v5e:4x8     decode   32    4096
 Flash mxfp4 v5e:4x4     decode   64    8192
 Flash int4  v6e:2x4     decode    8   32768
@@ -52,11 +55,16 @@ Flash fp8   v6e:8x8     decode    1  262144
 Flash fp8   v5p:2x2x2   decode  100    4096
 Flash mxfp4 v5p:2x2x1   decode   16   65536
 Flash fp8   tpu7x:2x2x1 decode   64   16384
+Flash mxfp4 v6e:2x4     decode   12  100000
+Flash fp8   v6e:4x8     decode    7    5000
 Pro   mxfp4 v6e:8x8     prefill   4    8192
 Flash fp8   v6e:4x4     prefill   2   32768
 Flash mxfp4 v5e:4x4     prefill   1   16384
+Pro   mxfp4 v6e:4x8     prefill   3   12288
+Flash int4  v5p:2x2x2   prefill   2    8192
 Pro   mxfp4 v6e:8x8     verify   32   16384
 Flash fp8   v6e:4x4     verify   32   16384
+Flash mxfp4 v6e:4x4     verify    5    9000
 """
 
 
